@@ -1,0 +1,148 @@
+"""Files of a folder or a Hub repository, and uploads; the Hub's errors in our words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lox_hf.errors import CheckpointError
+from lox_hf.records import ModelReference
+
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "*.md", "LICENSE*", "NOTICE*"]
+BASE_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "README.md", "*.bin.index.json"]
+OTHER_WEIGHTS = ["original/*", "onnx/*", "openvino/*", "*/consolidated*", "consolidated*", "metal/*", "gguf/*"]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A model's folder on this machine and what it was called.
+
+    Attributes:
+        folder: Folder with the files.
+        reference: Name and commit.
+    """
+
+    folder: Path
+    reference: ModelReference
+
+
+def resolve(
+    name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None, files: list[str] = CHECKPOINT_FILES
+) -> Resolved:
+    """Find a model's files: a local folder as it is, a Hub repository by download into the Hub's cache.
+
+    Args:
+        name_or_path: Folder or Hub id.
+        revision: Revision on the Hub.
+        token: Hub token; None uses the stored login.
+        files: Patterns of the files to download.
+
+    Returns:
+        The folder and the reference.
+
+    Raises:
+        CheckpointError: If there is no such folder and no such repository, or it cannot be reached.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return Resolved(folder, ModelReference(str(name_or_path)))
+    if folder.is_file():
+        raise CheckpointError(f"'{name_or_path}' is a file; pass the folder that holds the checkpoint.")
+    _must_be_hub_id(name_or_path)
+    import huggingface_hub
+
+    with hub_errors(str(name_or_path), revision):
+        path = huggingface_hub.snapshot_download(
+            str(name_or_path), revision=revision, token=token, allow_patterns=files, ignore_patterns=OTHER_WEIGHTS
+        )
+    return Resolved(Path(path), ModelReference(str(name_or_path), Path(path).name))
+
+
+def fetch_file(
+    name_or_path: str | Path, file_name: str, *, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """Return the path of one file of a folder or a Hub repository.
+
+    Args:
+        name_or_path: Folder or Hub id.
+        file_name: Name of the file.
+        revision: Revision on the Hub.
+        token: Hub token; None uses the stored login.
+
+    Returns:
+        Path on this machine.
+
+    Raises:
+        CheckpointError: If there is no such folder, repository or file.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        path = folder / file_name
+        if not path.is_file():
+            raise CheckpointError(f"'{name_or_path}' has no {file_name}; it holds {sorted(p.name for p in folder.iterdir())}.")
+        return path
+    _must_be_hub_id(name_or_path)
+    import huggingface_hub
+
+    with hub_errors(str(name_or_path), revision):
+        return Path(huggingface_hub.hf_hub_download(str(name_or_path), file_name, revision=revision, token=token))
+
+
+def push_folder(
+    folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, message: str
+) -> str:
+    """Upload a folder to a Hub model repository, which is made if needed, in one commit.
+
+    Args:
+        folder: Folder to upload.
+        repo_id: Hub id.
+        private: Whether a new repository is private.
+        token: Hub token; None uses the stored login.
+        message: Message of the commit.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        CheckpointError: If the Hub refuses or cannot be reached.
+    """
+    import huggingface_hub
+
+    with hub_errors(repo_id, None):
+        api = huggingface_hub.HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(folder_path=str(folder), repo_id=repo_id, commit_message=message).commit_url)
+
+
+@contextmanager
+def hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turn the Hub client's errors into `CheckpointError` with a remedy."""
+    from huggingface_hub import errors
+
+    at = f"'{name}'" + (f" at revision '{revision}'" if revision else "")
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise CheckpointError(f"{at} is gated: ask for access on its Hub page, then log in with `hf auth login`.") from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{at} has no such revision.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{at} is neither a folder on this machine nor a model on the Hub; for a private one run `hf auth login`."
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise CheckpointError(f"{at} does not hold that file, or it is not in the cache and the Hub is out of reach.") from error
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as error:
+        raise CheckpointError(f"{at} is not a folder on this machine, and the Hub did not answer: {error}") from error
+
+
+def _must_be_hub_id(name_or_path: str | Path) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    text = str(name_or_path)
+    if text.startswith((".", "/", "~")) or isinstance(name_or_path, Path):
+        raise CheckpointError(f"There is no folder '{text}'.")
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise CheckpointError(f"'{text}' is neither a folder on this machine nor a Hub id such as 'org/model'.") from error

@@ -1,0 +1,212 @@
+"""Frozen results of every stage, to and from JSON. The command line, cards and logs only read them."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+REPORT_NAME = "lox_report.json"
+
+
+@dataclass(frozen=True)
+class JsonRecord:
+    """JSON both ways for a frozen dataclass. NaN and Inf are written as null and come back as NaN."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain dicts, lists and numbers."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """Return the record as strict JSON, indented by two."""
+        return json.dumps(_without_nan(self.to_dict()), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Build the record from `to_dict`'s output; fields of newer versions are ignored."""
+        types = {item.name: item.type for item in fields(cls)}
+        values = {name: value for name, value in data.items() if name in types}
+        return cls(**{name: math.nan if value is None and types[name] is float else value for name, value in values.items()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Build the record from `to_json`'s output."""
+        return cls.from_dict(json.loads(text))
+
+
+@dataclass(frozen=True)
+class TensorReport(JsonRecord):
+    """What was done to one matrix.
+
+    Attributes:
+        name: Checkpoint name; one matrix of a stack reads `name[i]`.
+        shape: (m, n) of the matrix.
+        dtype: Stored dtype, such as "bfloat16".
+        alpha: Strength that was applied.
+        rank: Directions that were extrapolated; 0 where alignment did not change the matrix.
+        method: "lanczos", "exact", "lora", "full" (whole dW, no decomposition), "subspace" (factors from a saved
+            artefact), "zero" (dW is zero) or "none" (alpha is zero).
+        energy_share: sum_i s_i^2 / ||dW||_F^2 of those directions, in [0, 1]; NaN where dW is zero.
+        delta_norm: ||dW||_F.
+        singular_values: s_1 ... s_k, descending; empty for the full rank.
+        residual: sqrt(sum_i ||dW^T u_i - s_i v_i||^2) / sqrt(sum_i s_i^2).
+        gap: (s_k - s_(k+1)) / s_1; NaN where it is not known.
+        projector_bound: Upper estimate of the error of the projector; over 1e-2 the cut falls in a near tie.
+        steps: Passes over dW.
+        seconds: Wall time, in seconds.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    alpha: float
+    rank: int
+    method: str
+    energy_share: float = math.nan
+    delta_norm: float = math.nan
+    singular_values: tuple[float, ...] = ()
+    residual: float = 0.0
+    gap: float = math.nan
+    projector_bound: float = math.nan
+    steps: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Build the record; lists become tuples again."""
+        lists = {"shape": tuple(data["shape"]), "singular_values": tuple(data.get("singular_values", ()))}
+        return super().from_dict({**data, **lists})
+
+
+@dataclass(frozen=True)
+class ModelReference(JsonRecord):
+    """Which model: as it was named, and the commit it was resolved to.
+
+    Attributes:
+        name_or_path: Hub id, folder, or a description of a model in memory.
+        revision: Commit hash on the Hub; None for folders and models in memory.
+    """
+
+    name_or_path: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class TensorPlan(JsonRecord):
+    """What will be done to one tensor, and why.
+
+    Attributes:
+        name: Checkpoint name.
+        shape: Shape of the tensor.
+        dtype: Stored dtype, such as "bfloat16".
+        r: Directions, energy share, or None for the full rank; meaningless where the tensor is copied.
+        alpha: Strength; 0.0 where the tensor is copied.
+        edit: Whether the tensor is extrapolated; otherwise it is copied as it is.
+        reason: Why, in words.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    r: int | float | None
+    alpha: float
+    edit: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class HardeningPlan(JsonRecord):
+    """What `harden_checkpoint` would do; every check that needs no weights has passed.
+
+    Attributes:
+        aligned: The model that is hardened.
+        base: The model before alignment; None where the aligned model is an adapter.
+        base_found_in: Where the base was named: "config", or the file of the aligned model that names it.
+        tensors: One entry per tensor, in file order.
+        total_bytes: Bytes of weights that will be written.
+        files: Files besides the weights that will be copied.
+        left_out: Files that will not be copied, as they hold weights in another form.
+        warnings: What a reader should know.
+    """
+
+    aligned: ModelReference
+    base: ModelReference | None
+    base_found_in: str
+    tensors: tuple[TensorPlan, ...]
+    total_bytes: int
+    files: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def edited(self) -> tuple[TensorPlan, ...]:
+        """The tensors that will be extrapolated."""
+        return tuple(tensor for tensor in self.tensors if tensor.edit)
+
+
+@dataclass(frozen=True)
+class HardeningReport(JsonRecord):
+    """What hardening did, per matrix and in total.
+
+    Attributes:
+        aligned: The model that was hardened.
+        base: The model before alignment; None where the alignment was a LoRA adapter.
+        config: The `LoxConfig` that was used, as a dict.
+        tensors: One record per matrix that was edited.
+        copied: Number of tensors that were copied as they are.
+        output: Folder that was written; empty for a model in memory.
+        seconds: Wall time, in seconds.
+        versions: Versions of lox_hf, torch and Python.
+        warnings: What a reader should know.
+    """
+
+    aligned: ModelReference
+    base: ModelReference | None
+    config: dict[str, Any]
+    tensors: tuple[TensorReport, ...]
+    copied: int = 0
+    output: str = ""
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def energy_share(self) -> float:
+        """Share of ||dW||_F^2 over all edited matrices that was extrapolated; NaN where nothing changed."""
+        known = [(item.delta_norm**2, item.energy_share) for item in self.tensors if item.delta_norm > 0]
+        total = sum(energy for energy, _ in known)
+        return sum(energy * share for energy, share in known) / total if total > 0 else math.nan
+
+    @property
+    def edited_parameters(self) -> int:
+        """Number of parameters in the matrices that changed."""
+        return sum(item.shape[0] * item.shape[1] for item in self.tensors if item.rank)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Build the report with its nested records."""
+        return super().from_dict(
+            {
+                **data,
+                "aligned": ModelReference.from_dict(data["aligned"]),
+                "base": ModelReference.from_dict(data["base"]) if data.get("base") else None,
+                "tensors": tuple(TensorReport.from_dict(item) for item in data["tensors"]),
+                "warnings": tuple(data.get("warnings", ())),
+            }
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the report to `lox_report.json` in a folder and return its path."""
+        path = Path(folder) / REPORT_NAME
+        path.write_text(self.to_json(), encoding="utf-8")
+        return path
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return value

@@ -1,0 +1,1 @@
+"""Reading, pairing, selecting and writing tensors; no mathematics."""

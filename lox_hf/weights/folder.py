@@ -1,0 +1,145 @@
+"""What the side files of a checkpoint folder say: architecture, quantisation, base model, provenance."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lox_hf.errors import CheckpointError, ConfigError, PairingError, UnsupportedModelError
+from lox_hf.hub_files import Resolved
+from lox_hf.provenance import STAMP
+from lox_hf.weights.source import ADAPTER_CONFIG, INDEX_NAME, listing, read_json
+
+MODEL_CONFIG = "config.json"
+CARD = "README.md"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite", ".ot")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder is a PEFT adapter and not a full checkpoint."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / MODEL_CONFIG).is_file()
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """Content of `config.json`; empty where there is none.
+
+    Args:
+        folder: Checkpoint folder.
+
+    Returns:
+        The config as a dict.
+
+    Raises:
+        CheckpointError: If the file is not JSON.
+    """
+    return read_json(folder / MODEL_CONFIG) if (folder / MODEL_CONFIG).is_file() else {}
+
+
+def named_base(folder: Path) -> tuple[str, str] | None:
+    """Find the base a model's own files name: an adapter's config first, then the card's `base_model`.
+
+    Args:
+        folder: Checkpoint or adapter folder.
+
+    Returns:
+        The base's name and the file that names it; None where no file does.
+
+    Raises:
+        ConfigError: If the card names several bases.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if isinstance(name, str) and name:
+            return name, ADAPTER_CONFIG
+    named = _card_metadata(folder).get("base_model")
+    names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
+    if len(names) > 1:
+        raise ConfigError(f"The card of {folder} names several bases, {names}: say which one with base_model_name_or_path.")
+    return (str(names[0]), CARD) if names else None
+
+
+def check_dense(folder: Path, label: str) -> None:
+    """Refuse a quantised checkpoint, by the name of its scheme.
+
+    Args:
+        folder: Checkpoint folder.
+        label: How messages call it.
+
+    Raises:
+        UnsupportedModelError: If `config.json` has a quantization_config.
+    """
+    quantisation = model_config(folder).get("quantization_config")
+    if quantisation:
+        scheme = quantisation.get("quant_method", "unknown scheme") if isinstance(quantisation, dict) else quantisation
+        raise UnsupportedModelError(
+            f"{label} is quantised ({scheme}); its stored numbers are codes, not weights. Harden the full-precision "
+            "checkpoint and quantise the result, or put the LoX adapter on the quantised model with get_lox_model."
+        )
+
+
+def check_roles(aligned: Resolved, base: Resolved) -> None:
+    """Refuse pairs that are the wrong way round, of different architectures, or one folder twice.
+
+    Args:
+        aligned: The aligned model.
+        base: The model before alignment.
+
+    Raises:
+        PairingError: If the files show that the two do not fit.
+    """
+    if aligned.folder.resolve() == base.folder.resolve():
+        raise PairingError(f"Aligned and base are the same checkpoint, {aligned.folder}: nothing to extrapolate.")
+    if STAMP in model_config(base.folder):
+        raise PairingError(f"The base '{base.reference.name_or_path}' is itself hardened by LoX: are the two swapped?")
+    back = _card_metadata(base.folder).get("base_model")
+    names = back if isinstance(back, list) else [back]
+    if any(_same_model(name, aligned) for name in names if name):
+        raise PairingError(
+            f"Aligned and base are swapped: the card of '{base.reference.name_or_path}' says that it was made from "
+            f"'{aligned.reference.name_or_path}'."
+        )
+    ours, theirs = (model_config(side.folder).get("model_type") for side in (aligned, base))
+    if ours and theirs and ours != theirs:
+        raise PairingError(f"Cannot pair architectures: aligned is '{ours}', base is '{theirs}'.")
+
+
+def side_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Split the files that are not the checkpoint's own weights: to be copied, and left out as stale weights.
+
+    Args:
+        folder: Checkpoint folder.
+
+    Returns:
+        Relative paths to copy, and relative paths that hold weights in another form, or the card of the aligned model.
+    """
+    copied, left_out = [], []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+            continue
+        if relative.name in (INDEX_NAME, MODEL_CONFIG) and len(relative.parts) == 1:
+            continue
+        stale = relative.suffix in WEIGHT_SUFFIXES or relative.name == CARD or relative.name.endswith(".index.json")
+        (left_out if stale else copied).append(relative)
+    return copied, left_out
+
+
+def _card_metadata(folder: Path) -> dict[str, Any]:
+    """YAML front matter of the card; empty where there is none or it is not a mapping."""
+    path = folder / CARD
+    if not path.is_file():
+        return {}
+    found = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        data = yaml.safe_load(found.group(1)) if found else {}
+    except yaml.YAMLError as error:
+        raise CheckpointError(f"The metadata of {path} is not YAML: {listing([str(error).splitlines()[0]])}") from error
+    return data if isinstance(data, dict) else {}
+
+
+def _same_model(name: str, model: Resolved) -> bool:
+    if name == model.reference.name_or_path:
+        return True
+    path = Path(name).expanduser()
+    return path.is_dir() and path.resolve() == model.folder.resolve()

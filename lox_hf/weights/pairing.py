@@ -1,0 +1,77 @@
+"""Aligned with base by name; every mismatch is reported at once, with its remedy."""
+
+from collections.abc import Iterable
+
+from lox_hf.config import LoxConfig
+from lox_hf.errors import PairingError
+from lox_hf.records import TensorPlan
+from lox_hf.weights.selection import matches, module_name
+from lox_hf.weights.source import TensorInfo, WeightSource, listing
+
+
+def check_pairs(aligned: WeightSource, base: WeightSource, plans: list[TensorPlan], config: LoxConfig) -> None:
+    """Check that every tensor that is edited has its counterpart in the base.
+
+    Tensors that are copied need none, but a tensor the base lacks is reported all the same unless it is excluded: it
+    says that the two are not the same architecture.
+
+    Args:
+        aligned: The aligned model.
+        base: The model before alignment.
+        plans: What is done to each tensor of the aligned model.
+        config: Settings, for what is excluded.
+
+    Raises:
+        PairingError: If tensors are missing, extra, or of another shape or dtype; all are listed.
+    """
+    ours, theirs = aligned.infos(), base.infos()
+    problems = [problem for plan in plans for problem in _problems(plan, ours[plan.name], theirs.get(plan.name), config)]
+    problems += [
+        f"{name}: {info.shape}, only in base"
+        for name, info in theirs.items()
+        if name not in ours and len(info.shape) > 1 and not _excused(name, config)
+    ]
+    if not problems:
+        return
+    remedy = "" if any(name in theirs for name in ours) else " No tensor name is shared: these are different architectures."
+    raise PairingError(f"Cannot pair {aligned.label} with {base.label}: {len(problems)} tensors differ. {listing(problems)}{remedy}")
+
+
+def _problems(plan: TensorPlan, ours: TensorInfo, theirs: TensorInfo | None, config: LoxConfig) -> Iterable[str]:
+    if theirs is None:
+        if plan.edit or (_is_floating(ours) and not _excused(plan.name, config)):
+            yield f"{plan.name}: missing in base"
+    elif plan.edit and ours.shape != theirs.shape:
+        yield f"{plan.name}: {ours.shape} against {theirs.shape}{_resize_remedy(plan.name, ours.shape, theirs.shape)}"
+    elif plan.edit and ours.stored != theirs.stored and not _castable(theirs, config):
+        yield f"{plan.name}: {ours.stored} against {theirs.stored} [another dtype: {_dtype_remedy(theirs)}]"
+
+
+def _excused(name: str, config: LoxConfig) -> bool:
+    """Whether the user has taken this tensor out of the comparison."""
+    module = module_name(name)
+    if matches(config.exclude_modules, module):
+        return True
+    targets = config.target_modules
+    return isinstance(targets, list) and not matches(targets, module)
+
+
+def _is_floating(info: TensorInfo) -> bool:
+    return info.dtype is not None and info.dtype.is_floating_point
+
+
+def _castable(info: TensorInfo, config: LoxConfig) -> bool:
+    return config.cast_base and _is_floating(info) and info.dtype is not None and info.dtype.itemsize >= 2
+
+
+def _resize_remedy(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
+    if len(ours) == len(theirs) == 2 and ours[1] == theirs[1] and ours[0] != theirs[0]:
+        leaf = module_name(name).rpartition(".")[2]
+        return f' [resized vocabulary: pass exclude_modules=["{leaf}"]]'
+    return ""
+
+
+def _dtype_remedy(theirs: TensorInfo) -> str:
+    if _is_floating(theirs) and theirs.dtype is not None and theirs.dtype.itemsize >= 2:
+        return "pass cast_base=True to round the base to the aligned dtype first"
+    return "use a base in the same precision"

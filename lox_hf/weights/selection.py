@@ -1,0 +1,168 @@
+"""Which tensors are edited, at which rank and alpha, each with its reason; PEFT's matching rules on checkpoint names."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+import torch
+
+from lox_hf.config import ALL_LINEAR, LoxConfig
+from lox_hf.errors import ConfigError, UnsupportedModelError
+from lox_hf.records import TensorPlan
+from lox_hf.weights.source import TensorInfo, listing
+
+EDITABLE = (torch.float32, torch.float16, torch.bfloat16)
+MIN_KERNEL_SIDE = 16
+
+Value = TypeVar("Value")
+
+
+def select(infos: Mapping[str, TensorInfo], config: LoxConfig, linear_modules: Iterable[str] = ()) -> list[TensorPlan]:
+    """Plan every tensor of a checkpoint.
+
+    Args:
+        infos: Shape and dtype by checkpoint name.
+        config: What to edit.
+        linear_modules: Names of the linear modules but the head; only read for "all-linear".
+
+    Returns:
+        One plan per tensor, in the order of `infos`.
+
+    Raises:
+        ConfigError: If a pattern matches nothing, or `r` exceeds the smaller side of every selected tensor.
+        UnsupportedModelError: If a selected tensor is stored in a dtype that cannot be edited.
+    """
+    linear = frozenset(linear_modules)
+    plans = [_plan(name, info, config, linear) for name, info in infos.items()]
+    _check_patterns(infos, plans, config)
+    _check_dtypes(infos, plans)
+    _check_ranks(plans, config)
+    return plans
+
+
+def module_name(tensor_name: str) -> str:
+    """Name of the module a tensor belongs to; fused parameters without a `.weight` ending are their own module."""
+    return tensor_name.removesuffix(".weight")
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """How a tensor is read as matrices: (count, m, n).
+
+    Two dims are one matrix. Three dims are a stack of matrices, as fused experts are stored. Convolution kernels (four
+    dims and more, or three with a last side below 16) are one matrix of shape (out, everything else).
+
+    Args:
+        shape: Shape with two or more dims.
+
+    Returns:
+        Number of matrices and the two sides of each.
+    """
+    if len(shape) == 2:
+        return 1, shape[0], shape[1]
+    if len(shape) == 3 and shape[2] >= MIN_KERNEL_SIDE:
+        return shape
+    size = 1
+    for side in shape[1:]:
+        size *= side
+    return 1, shape[0], size
+
+
+def _plan(name: str, info: TensorInfo, config: LoxConfig, linear: frozenset[str]) -> TensorPlan:
+    module = module_name(name)
+    edit, reason = _decide(module, info, config, linear)
+    r = get_pattern_value(config.rank_pattern, module, config.r) if edit else None
+    alpha = float(get_pattern_value(config.alpha_pattern, module, config.alpha)) if edit else 0.0
+    if edit and isinstance(r, int):
+        smaller = min(matrix_shape(info.shape)[1:])
+        if r > smaller:
+            reason += f"; r = {r} exceeds the smaller side, all {smaller} directions are used"
+    return TensorPlan(name, info.shape, info.stored, r, alpha, edit, reason)
+
+
+def _decide(module: str, info: TensorInfo, config: LoxConfig, linear: frozenset[str]) -> tuple[bool, str]:
+    if len(info.shape) < 2:
+        return False, "fewer than two dims"
+    if info.dtype is not None and not info.dtype.is_floating_point:
+        return False, "not floating point"
+    if matches(config.exclude_modules, module):
+        return False, "excluded"
+    if config.target_modules == ALL_LINEAR:
+        if module not in linear:
+            return False, "not a linear layer"
+    elif config.target_modules is not None and not matches(config.target_modules, module):
+        return False, "not a target"
+    if not _in_layers(module, config):
+        return False, "not in layers_to_transform"
+    return True, "all tensors with two or more dims" if config.target_modules is None else "target"
+
+
+def matches(patterns: list[str] | str | None, module: str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list matches whole names or their ends."""
+    if not patterns:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, module) is not None
+    return module in patterns or any(module.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _in_layers(module: str, config: LoxConfig) -> bool:
+    wanted = config.layers_to_transform
+    if wanted is None or wanted == []:
+        return True
+    patterns = config.layers_pattern or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+        if found:
+            index = int(found.group(1))
+            return index == wanted if isinstance(wanted, int) else index in wanted
+    return False
+
+
+def get_pattern_value(patterns: Mapping[str, Value] | None, module: str, default: Value) -> Value:
+    """PEFT's rule for rank_pattern: the first key that matches the end of the name after a dot, or all of it."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _check_patterns(infos: Mapping[str, TensorInfo], plans: list[TensorPlan], config: LoxConfig) -> None:
+    modules = [module_name(name) for name in infos]
+    matrices = [module_name(name) for name, info in infos.items() if len(info.shape) >= 2]
+    problems = []
+    for field in ("target_modules", "exclude_modules"):
+        value = getattr(config, field)
+        for pattern in [] if value in (None, ALL_LINEAR) else [value] if isinstance(value, str) else [[item] for item in value]:
+            if not any(matches(pattern, module) for module in modules):
+                problems.append(f"{field}: {pattern if isinstance(pattern, str) else pattern[0]!r} matches no module")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field) or {}:
+            if not any(re.match(rf"(.*\.)?({key})$", module) for module in matrices):
+                problems.append(f"{field}: {key!r} matches no module")
+    if not problems and not any(plan.edit for plan in plans):
+        problems.append("the settings together select no tensor")
+    if problems:
+        raise ConfigError(f"Nothing to edit: {listing(problems)} Modules are named like {listing(matrices, 8)}")
+
+
+def _check_dtypes(infos: Mapping[str, TensorInfo], plans: list[TensorPlan]) -> None:
+    wrong = [f"{plan.name}: {plan.dtype}" for plan in plans if plan.edit and infos[plan.name].dtype not in EDITABLE]
+    if wrong:
+        raise UnsupportedModelError(
+            f"{len(wrong)} selected tensors are stored in a dtype that cannot be edited: {listing(wrong)} "
+            "Start from a float32, float16 or bfloat16 checkpoint, or exclude them with exclude_modules."
+        )
+
+
+def _check_ranks(plans: list[TensorPlan], config: LoxConfig) -> None:
+    """Refuse an `r` that is larger than every matrix, and one asked for by name that does not fit."""
+    edited = [plan for plan in plans if plan.edit and isinstance(plan.r, int)]
+    over = [plan for plan in edited if plan.r > min(matrix_shape(plan.shape)[1:])]
+    by_name = [plan for plan in over if get_pattern_value(config.rank_pattern, module_name(plan.name), None) is not None]
+    wrong = over if over and len(over) == len(edited) else by_name
+    if wrong:
+        raise ConfigError(
+            "r exceeds the smaller side: "
+            + listing(f"{plan.name}: r = {plan.r} against shape {plan.shape}" for plan in wrong)
+            + " Lower r, or pass r=None for the full rank."
+        )

@@ -1,0 +1,122 @@
+"""One safetensors file, memory-mapped: its header as written, and its tensors as views that cost no memory."""
+
+import json
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lox_hf.errors import CheckpointError, UnsupportedModelError
+
+DTYPES = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "U16": torch.uint16,
+        "U32": torch.uint32,
+        "U64": torch.uint64,
+        "BOOL": torch.bool,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "F8_E8M0": torch.float8_e8m0fnu,
+        "C64": torch.complex64,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in a file.
+
+    Attributes:
+        dtype: Name of the dtype as the format spells it, such as "BF16".
+        shape: Shape of the tensor.
+        start: First byte, counted from the start of the file.
+        stop: Byte after the last.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Shard:
+    """A safetensors file, validated by the safetensors library and then mapped.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated, or not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt"):  # the library checks header, offsets and length
+                pass
+            with path.open("rb") as file:
+                length = struct.unpack("<Q", file.read(8))[0]
+                self.header_bytes = 8 + length
+                header = json.loads(file.read(length))
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (SafetensorError, OSError, ValueError, struct.error) as error:
+            raise CheckpointError(
+                f"Cannot read {path}: {error}. The file is missing, truncated or not safetensors; download it again."
+            ) from error
+        header.pop("__metadata__", None)
+        self.entries = {
+            name: Entry(
+                item["dtype"],
+                tuple(item["shape"]),
+                self.header_bytes + item["data_offsets"][0],
+                self.header_bytes + item["data_offsets"][1],
+            )
+            for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"])
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor as a view of the mapped file.
+
+        Raises:
+            UnsupportedModelError: If torch has no dtype for it.
+        """
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise UnsupportedModelError(f"{name} in {self.path} is stored as {entry.dtype}, which is not supported.")
+        dtype = DTYPES[entry.dtype]
+        if entry.start == entry.stop:
+            return torch.empty(entry.shape, dtype=dtype)
+        count = (entry.stop - entry.start) // dtype.itemsize
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
+
+    def bytes(self, start: int, stop: int) -> memoryview:
+        """Return raw bytes of the file without copying them."""
+        return memoryview(self._map)[start:stop]
+
+    def prefetch(self, name: str) -> None:
+        """Ask the kernel to read a tensor's pages ahead."""
+        self._advise(name, mmap.MADV_WILLNEED)
+
+    def release(self, name: str) -> None:
+        """Let go of a tensor's pages: they stay in the page cache but no longer count as this process's memory."""
+        self._advise(name, mmap.MADV_DONTNEED)
+
+    def _advise(self, name: str, advice: int) -> None:
+        entry = self.entries[name]
+        start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
+        if entry.stop > start:
+            self._map.madvise(advice, start, entry.stop - start)
