@@ -1,0 +1,141 @@
+"""A PEFT LoRA adapter on disk: hardened without a base model."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from lox_hf.config import CONFIG_NAME, LoxConfig
+from lox_hf.errors import CheckpointError, PairingError, UnsupportedModelError
+from lox_hf.hub_files import Resolved
+from lox_hf.lora import LoraPair, check_plain_lora, harden_pair, plan_pairs
+from lox_hf.provenance import check_not_hardened
+from lox_hf.records import REPORT_NAME, HardeningReport, TensorReport
+from lox_hf.version import versions
+from lox_hf.weights.folder import side_files
+from lox_hf.weights.selection import get_pattern_value
+from lox_hf.weights.source import ADAPTER_CONFIG, read_json
+from lox_hf.weights.writer import FolderWriter
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+FACTORS = ((".lora_B.weight", ".lora_A.weight"), (".lora_embedding_B", ".lora_embedding_A"))
+
+
+def harden_adapter(
+    adapter: Resolved, output_dir: str | Path, config: LoxConfig, *, allow_repeat: bool = False
+) -> HardeningReport:
+    """Harden a LoRA adapter folder: dW = scaling * B A becomes U (S + alpha S_k) V^T, in the adapter's own rank.
+
+    Args:
+        adapter: The adapter's folder.
+        output_dir: Folder to create; it must not exist, or be empty.
+        config: Settings; the base in it is not used.
+        allow_repeat: Harden an adapter that is hardened already once more.
+
+    Returns:
+        What was done to each module.
+
+    Raises:
+        CheckpointError: If files are missing or damaged.
+        UnsupportedModelError: If the adapter is not plain LoRA.
+        PairingError: If every B A is zero.
+        ConfigError: If the settings select nothing.
+        NumericsError: If factors contain NaN or Inf.
+        OutputError: If the output exists, is an input, or cannot be written.
+        AlreadyHardenedError: If the adapter is hardened and `allow_repeat` is not set.
+    """
+    started = time.perf_counter()
+    name = adapter.reference.name_or_path
+    adapter_config = read_json(adapter.folder / ADAPTER_CONFIG)
+    check_plain_lora(adapter_config, f"'{name}'")
+    if not allow_repeat and (adapter.folder / CONFIG_NAME).is_file():
+        check_not_hardened(read_json(adapter.folder / CONFIG_NAME), name)
+    tensors = _load(adapter.folder / ADAPTER_WEIGHTS)
+    pairs = _pairs(tensors, adapter_config)
+    reports = _harden(pairs, config, name)
+    report = HardeningReport(
+        aligned=adapter.reference,
+        base=None,
+        config=config.to_dict(),
+        tensors=tuple(reports),
+        copied=len(pairs) - len(reports),
+        output=str(output_dir),
+        seconds=time.perf_counter() - started,
+        versions=versions(),
+    )
+    _publish(adapter, tensors, report, FolderWriter(output_dir))
+    return report
+
+
+def adapter_scaling(adapter_config: dict, module: str) -> float:
+    """PEFT's scaling of one module: lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA.
+
+    Args:
+        adapter_config: Content of `adapter_config.json`.
+        module: Name of the module.
+
+    Returns:
+        The scaling.
+    """
+    r = get_pattern_value(adapter_config.get("rank_pattern"), module, adapter_config["r"])
+    alpha = get_pattern_value(adapter_config.get("alpha_pattern"), module, adapter_config["lora_alpha"])
+    return alpha / math.sqrt(r) if adapter_config.get("use_rslora") else alpha / r
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"There is no {path}: only adapters saved as safetensors are read.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"Cannot read {path}: {error}. The file is truncated or not safetensors.") from error
+
+
+def _pairs(tensors: dict[str, Tensor], adapter_config: dict) -> list[LoraPair]:
+    pairs = []
+    for key_b in tensors:
+        for suffix_b, suffix_a in FACTORS:
+            key_a = key_b.removesuffix(suffix_b) + suffix_a
+            if key_b.endswith(suffix_b) and key_a in tensors:
+                module = key_b.removesuffix(suffix_b).removeprefix(PREFIX)
+                b, a = tensors[key_b], tensors[key_a]
+                if b.dim() != 2:
+                    raise UnsupportedModelError(f"{module} is a convolution under LoRA, which is not supported.")
+                pairs.append(LoraPair(module, b, a, adapter_scaling(adapter_config, module)))
+    if not pairs:
+        raise CheckpointError("The adapter holds no LoRA factors.")
+    return pairs
+
+
+def _harden(pairs: list[LoraPair], config: LoxConfig, name: str) -> list[TensorReport]:
+    """Harden all factors in place; they are this process's own copies of the file."""
+    reports = []
+    for pair, plan in zip(pairs, plan_pairs(pairs, config), strict=True):
+        if plan.edit:
+            b, a, report = harden_pair(pair, plan)
+            pair.b.copy_(b)
+            pair.a.copy_(a)
+            reports.append(report)
+    if all(report.method == "zero" for report in reports):
+        raise PairingError(f"'{name}' is zero in every selected module: nothing to extrapolate.")
+    return reports
+
+
+def _publish(
+    adapter: Resolved, tensors: dict[str, Tensor], report: HardeningReport, writer: FolderWriter
+) -> None:
+    weights = save(tensors, metadata={"format": "pt"})
+    writer.check(len(weights), [adapter.folder])
+    with writer:
+        for path in side_files(adapter.folder)[0]:
+            if str(path) not in (CONFIG_NAME, REPORT_NAME):
+                writer.copy(adapter.folder / path, str(path))
+        writer.write(ADAPTER_WEIGHTS, weights)
+        writer.write(CONFIG_NAME, (json.dumps(report.config, indent=2) + "\n").encode())
+        writer.write(REPORT_NAME, report.to_json().encode())
+        writer.publish()

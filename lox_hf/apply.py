@@ -1,0 +1,219 @@
+"""`apply_lox` and `revert_lox`: harden a loaded model in place, and take it back."""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from lox_hf.config import LoxConfig
+from lox_hf.core.delta import Delta
+from lox_hf.core.lowrank import Decomposition
+from lox_hf.edit import Directions, check_something_changed, edit_tensor, report_warnings
+from lox_hf.errors import LoxError
+from lox_hf.inputs import HasFactors, ModelLike, Pair, open_pair
+from lox_hf.lora import harden_lora, is_peft_model, revert_lora
+from lox_hf.parallel import map_tensors
+from lox_hf.provenance import STAMP, stamp
+from lox_hf.records import HardeningReport, TensorPlan, TensorReport
+from lox_hf.undo import Undo, subtract_full, subtract_low_rank
+from lox_hf.version import versions
+
+Model = TypeVar("Model", bound=nn.Module)
+RECORD = "_lox_record"
+
+
+@dataclass
+class _Record:
+    """What a hardened model remembers: the way back, the stamp that stood there before, and the report."""
+
+    undos: list[Undo]
+    stamp: Any
+    report: HardeningReport
+
+
+def apply_lox(
+    model: Model,
+    config: LoxConfig | None = None,
+    *,
+    base_model: ModelLike | HasFactors | None = None,
+    allow_repeat: bool = False,
+    token: str | bool | None = None,
+    progressbar: bool | None = None,
+) -> Model:
+    """Harden a loaded model in place: W <- W + alpha * Proj_k(W - W_base) for every selected weight (section 3).
+
+    The base is read tensor by tensor and never instantiated. Sums are formed in float32 and rounded once to each
+    weight's own dtype. The settings are stamped into `model.config.lox_config`, so that `save_pretrained` and
+    `push_to_hub` keep them. If anything fails, the model is left as it was.
+
+    Args:
+        model: The aligned model, a PreTrainedModel in float32, float16 or bfloat16; changed in place. A PeftModel with
+            LoRA adapters needs no base: the active adapter is the alignment; it is hardened and keeps its rank.
+        config: Settings; None takes a subspace's own, or the defaults (r=6, alpha=1.25).
+        base_model: The model before alignment: Hub id, folder, module or state dict; or a `SafetySubspace`, which costs
+            no decomposition. None takes `config.base_model_name_or_path`, or the base that the model's card names.
+        allow_repeat: Harden a model that is hardened already once more.
+        token: Hub token; None uses the stored login.
+        progressbar: Show a progress bar; None shows one on a terminal only.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: If no base is named, or the settings select nothing.
+        PairingError: If the two models do not fit, or are equal; all mismatches are listed.
+        CheckpointError: If the base's files are missing or damaged.
+        UnsupportedModelError: If weights are quantised, on the meta device, offloaded or sharded.
+        NumericsError: If a matrix contains NaN or Inf, or the result overflows; it is named.
+        AlreadyHardenedError: If the model is hardened and `allow_repeat` is not set.
+
+    Example:
+        >>> import torch
+        >>> from lox_hf import LoxConfig, apply_lox
+        >>> base, aligned = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False)
+        >>> expected = aligned.weight + 0.5 * (aligned.weight - base.weight)
+        >>> hardened = apply_lox(aligned, LoxConfig(r=None, alpha=0.5), base_model=base)
+        >>> torch.allclose(hardened.weight, expected)
+        True
+
+    Source: Perin et al., COLM 2025, section 3; the reference's safety/LoX.py.
+    """
+    if is_peft_model(model):
+        harden_lora(model, config or LoxConfig(), allow_repeat=allow_repeat)
+        return model
+    pair = open_pair(model, base_model, config, token=token, allow_repeat=allow_repeat)
+    undos: list[Undo] = []
+    try:
+        reports = _edit(pair, undos, progressbar)
+        check_something_changed(reports, pair.aligned.source.label, "the base")
+    except BaseException:
+        for undo in undos:
+            undo.revert()
+        raise
+    _remember(model, pair, undos, reports)
+    return model
+
+
+def revert_lox(model: Model) -> Model:
+    """Take `apply_lox` back: the aligned weights, bit for bit.
+
+    Args:
+        model: A model that `apply_lox` hardened in this process; changed in place.
+
+    Returns:
+        The same model, without the stamp.
+
+    Raises:
+        LoxError: If the model was not hardened in this process, or its weights were changed since.
+
+    Example:
+        >>> model = revert_lox(apply_lox(model, config))  # doctest: +SKIP
+    """
+    if is_peft_model(model):
+        revert_lora(model)
+        return model
+    record = getattr(model, RECORD, None)
+    if record is None:
+        raise LoxError(
+            f"{type(model).__name__} was not hardened by apply_lox in this process, so there is nothing to take back: "
+            "load the aligned model again."
+        )
+    if not all(undo.unchanged() for undo in record.undos):
+        raise LoxError("The weights were changed after apply_lox, by training or an edit: load the aligned model again.")
+    exact = [undo.revert() for undo in record.undos]
+    _set_stamp(model, record.stamp)
+    delattr(model, RECORD)
+    if not all(exact):
+        raise LoxError("The aligned weights could not be restored bit for bit on this device: load the aligned model again.")
+    return model
+
+
+def hardening_report(model: nn.Module) -> HardeningReport:
+    """Return what `apply_lox` did to a model in this process.
+
+    Args:
+        model: A model that `apply_lox` hardened.
+
+    Returns:
+        The report.
+
+    Raises:
+        LoxError: If the model was not hardened in this process.
+
+    Example:
+        >>> hardening_report(apply_lox(model, config)).energy_share  # doctest: +SKIP
+    """
+    record = getattr(model, RECORD, None)
+    if record is None:
+        raise LoxError(f"{type(model).__name__} was not hardened by apply_lox in this process.")
+    return record.report
+
+
+class _Recorder:
+    """Directions on their way to the edit of one tensor, and rows on their way into the model."""
+
+    def __init__(self, factors: Directions, undos: list[Undo]) -> None:
+        self.factors, self.undos = factors, undos
+        self.current: Undo | None = None
+
+    def delta(self, plan: TensorPlan, number: int, aligned: Tensor) -> Delta:
+        delta = self.factors.delta(plan, number, aligned)
+        self._begin(Undo(aligned, subtract_full(delta, plan.alpha)))
+        return delta
+
+    def find(self, plan: TensorPlan, number: int, aligned: Tensor) -> Decomposition:
+        self.current = None
+        found = self.factors.find(plan, number, aligned)
+        if found.factors.rank:
+            self._begin(Undo(aligned, subtract_low_rank(found.factors, plan.alpha)))
+        return found
+
+    def write(self, number: int, part: slice, rows: Tensor) -> None:
+        if self.current is not None:  # without directions the rows are the model's own
+            self.current.write(part, rows)
+
+    def _begin(self, undo: Undo) -> None:
+        self.current = undo
+        self.undos.append(undo)
+
+
+def _edit(pair: Pair, undos: list[Undo], progressbar: bool | None) -> tuple[TensorReport, ...]:
+    infos = pair.aligned.source.infos()
+
+    def work(plan: TensorPlan) -> list[TensorReport]:
+        recorder = _Recorder(pair.factors, undos)
+        reports = edit_tensor(plan, pair.aligned.source.get(plan.name), recorder, recorder.write)
+        pair.factors.release(plan.name)
+        return reports
+
+    edited = [plan for plan in pair.plans if plan.edit]
+    results = map_tensors(
+        work, edited, size_of=lambda plan: infos[plan.name].size_bytes, progressbar=progressbar, description="Hardening"
+    )
+    return tuple(report for reports in results for report in reports)
+
+
+def _remember(model: nn.Module, pair: Pair, undos: list[Undo], reports: tuple[TensorReport, ...]) -> None:
+    report = HardeningReport(
+        aligned=pair.aligned.reference,
+        base=pair.factors.reference,
+        config=pair.config.to_dict(),
+        tensors=reports,
+        copied=sum(not plan.edit for plan in pair.plans),
+        seconds=sum(item.seconds for item in reports),
+        versions=versions(),
+        warnings=report_warnings(reports),
+    )
+    before = getattr(getattr(model, "config", None), STAMP, None)
+    setattr(model, RECORD, _Record(undos, before, report))
+    _set_stamp(model, stamp(pair.config, pair.aligned.reference, pair.factors.reference))
+
+
+def _set_stamp(model: nn.Module, content: object) -> None:
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    if content is not None:
+        setattr(config, STAMP, content)
+    elif hasattr(config, STAMP):
+        delattr(config, STAMP)

@@ -1,0 +1,5 @@
+"""The command line: every command parses, calls one function, and prints its record."""
+
+from lox_hf.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,212 @@
+"""Options that commands share. Those of `LoxConfig` are made from its fields and its docstring, so nothing is said twice."""
+
+import argparse
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from lox_hf.config import ALL_LINEAR, LoxConfig
+from lox_hf.errors import ConfigError
+
+RENAMED = {"base_model_name_or_path": "--base-model", "revision": "--base-revision"}
+SOURCES = {
+    "r": "the paper's main setting, LLaMA-2-7B",
+    "alpha": "the paper's main setting, LLaMA-2-7B",
+    "target_modules": "every tensor with two or more dims, as the reference does",
+}
+REGEX_SIGNS = re.compile(r"[\\^$*+?{}\[\]|()]")
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the models and say how to run."""
+    parser.add_argument("model_position", nargs="?", metavar="MODEL", help="the aligned model: folder or Hub id")
+    parser.add_argument("--model", metavar="MODEL", help="the same, as an option")
+    parser.add_argument("--model-revision", metavar="REV", help="revision of the aligned model on the Hub")
+    parser.add_argument("--output", metavar="DIR", help="folder to create (default: named after the model)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options; the command line wins")
+    parser.add_argument("--trust-remote-code", action="store_true", default=None, help="run code of the model's repository")
+    parser.add_argument("--allow-repeat", action="store_true", default=None, help="accept a model that is hardened already")
+    parser.add_argument("--json", action="store_true", default=None, help="print the record as JSON and nothing else")
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add one option per field of `LoxConfig`, with the field's own words as help."""
+    group = parser.add_argument_group("settings (LoxConfig)")
+    helps = _docstring_arguments()
+    for field in fields(LoxConfig):
+        flag = RENAMED.get(field.name, "--" + field.name.replace("_", "-"))
+        text = helps[field.name].replace("%", "%%")
+        if field.default is False:
+            group.add_argument(flag, dest=field.name, action="store_true", default=None, help=text)
+            continue
+        default = "" if field.default in (None, MISSING) else f" (default: {field.default})"
+        several = {"nargs": "+"} if field.name.endswith(("_modules", "_pattern", "_transform")) else {}
+        group.add_argument(flag, dest=field.name, metavar="VALUE", help=text + default, **several)
+
+
+def merge_file(options: argparse.Namespace) -> argparse.Namespace:
+    """Fill what the command line left open from the YAML file, and settle which model is meant.
+
+    Args:
+        options: Parsed command line.
+
+    Returns:
+        The same options, complete.
+
+    Raises:
+        ConfigError: If the file cannot be read, has an unknown key, or no model is named.
+    """
+    known = {key for key in vars(options) if key not in ("func", "config", "model_position")}
+    names = {flag.removeprefix("--").replace("-", "_"): name for name, flag in RENAMED.items()}
+    for key, value in _read_yaml(options.config).items():
+        name = names.get(key.replace("-", "_"), key.replace("-", "_"))
+        if name not in known:
+            raise ConfigError(f"{options.config} has an unknown key '{key}'; known are {sorted(known)}.")
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.model and options.model_position and options.model != options.model_position:
+        raise ConfigError(f"Two models are named, '{options.model_position}' and '{options.model}': name one.")
+    options.model = options.model or options.model_position
+    if not options.model:
+        raise ConfigError("No model is named: lox-hf harden MODEL, where MODEL is a folder or a Hub id.")
+    return options
+
+
+def make_config(options: argparse.Namespace) -> LoxConfig:
+    """Build the config from the options that were given; the rest keeps its defaults.
+
+    Args:
+        options: Complete options.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: If a value cannot be understood or is out of range.
+    """
+    given = {field.name: getattr(options, field.name) for field in fields(LoxConfig)}
+    return LoxConfig(**{name: _value(name, value) for name, value in given.items() if value is not None})
+
+
+def describe(options: argparse.Namespace, config: LoxConfig, base: str, base_found_in: str, output: Path) -> str:
+    """Lines that say what will be done, and where each default comes from."""
+
+    def setting(name: str, shown: object) -> str:
+        return f"{shown}" if getattr(options, name) is not None else f"{shown} (default: {SOURCES[name]})"
+
+    from_file = "" if base_found_in in ("config", "base_model") else f" (named by {base_found_in} of the aligned model)"
+    named_output = "" if options.output else " (named after the aligned model)"
+    rows = {
+        "aligned": options.model,
+        "base": f"{base}{from_file}",
+        "r": setting("r", "full rank" if config.r is None else config.r),
+        "alpha": setting("alpha", config.alpha),
+        "targets": setting("target_modules", config.target_modules or "all"),
+        "output": f"{output}{named_output}",
+    }
+    return "\n".join(f"{name:<8} {value}" for name, value in rows.items())
+
+
+def default_output(model: str, suffix: str) -> Path:
+    """Folder in the current directory, named after the model."""
+    return Path(f"{Path(model).expanduser().resolve().name if Path(model).is_dir() else Path(model).name}-{suffix}")
+
+
+def _docstring_arguments() -> dict[str, str]:
+    text = (LoxConfig.__doc__ or "").split("    Args:\n")[1].split("\n    Raises:")[0]
+    entries = re.split(r"\n? {8}(\w+): ", text)[1:]
+    return {name: " ".join(body.split()) for name, body in zip(entries[::2], entries[1::2], strict=True)}
+
+
+def _read_yaml(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"Cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"Cannot read {path}: expected keys and values, got {type(data).__name__}.")
+    return data
+
+
+def _value(name: str, value: Any) -> Any:
+    """Turn words of the command line into a field's value; values from YAML are typed already."""
+    if name == "r":
+        return parse_rank(value)
+    if name in ("alpha", "svd_tol"):
+        return _number(name, value, float)
+    if name == "seed":
+        return _number(name, value, int)
+    if name in ("target_modules", "exclude_modules"):
+        return _modules(value)
+    if name == "layers_to_transform":
+        return _layers(value)
+    if name in ("rank_pattern", "alpha_pattern"):
+        return _patterns(name, value)
+    return value
+
+
+def parse_rank(value: Any) -> int | float | None:
+    """Rank as the command line takes it: "6", "0.9", "full", or the reference's "0" for the full rank.
+
+    Args:
+        value: A word, or a number from YAML.
+
+    Returns:
+        The value for `LoxConfig.r`.
+
+    Raises:
+        ConfigError: If it is none of these.
+    """
+    text = str(value).lower()
+    if text in ("full", "none", "0"):
+        return None
+    return _number("r", value, int if re.fullmatch(r"[-+]?\d+", text) else float)
+
+
+def _number(name: str, value: Any, kind: type) -> Any:
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"--{name.replace('_', '-')} must be a number, got '{value}'.") from None
+
+
+def _words(value: Any) -> list[str]:
+    items = value if isinstance(value, list) else [value]
+    return [word for item in items for word in str(item).split(",") if word]
+
+
+def _modules(value: Any) -> list[str] | str:
+    """One word with the signs of a regular expression is one; otherwise names, separated by spaces or commas."""
+    items = value if isinstance(value, list) else [value]
+    if len(items) == 1 and (items[0] == ALL_LINEAR or REGEX_SIGNS.search(str(items[0]))):
+        return str(items[0])
+    return _words(value)
+
+
+def _layers(value: Any) -> list[int]:
+    """Numbers and ranges: "0 1 2", "0,1,2" or "4-8"."""
+    layers = []
+    for word in _words(value):
+        first, _, last = word.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ConfigError(f"--layers-to-transform takes numbers and ranges such as 0,1,4-8, got '{word}'.")
+        layers += range(int(first), int(last or first) + 1)
+    return layers
+
+
+def _patterns(name: str, value: Any) -> dict[str, Any]:
+    """NAME=VALUE pairs."""
+    if isinstance(value, dict):
+        return value
+    pairs = {}
+    for word in value if isinstance(value, list) else [value]:
+        key, sign, number = str(word).rpartition("=")
+        if not sign or not key:
+            raise ConfigError(f"--{name.replace('_', '-')} takes NAME=VALUE, got '{word}'.")
+        pairs[key] = parse_rank(number) if name == "rank_pattern" else _number(name, number, float)
+    return pairs

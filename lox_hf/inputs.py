@@ -1,0 +1,202 @@
+"""From what a user names (ids, folders, models, state dicts, a subspace) to tensors, plans and a source of directions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from torch import Tensor, nn
+
+from lox_hf.config import ALL_LINEAR, LoxConfig
+from lox_hf.edit import BaseFactors, FactorSource
+from lox_hf.errors import CheckpointError, ConfigError
+from lox_hf.hub_files import BASE_FILES, CHECKPOINT_FILES, Resolved, fetch_file, resolve
+from lox_hf.provenance import STAMP, check_not_hardened
+from lox_hf.records import ModelReference, TensorPlan
+from lox_hf.weights.folder import CARD, check_dense, check_roles, model_config, named_base
+from lox_hf.weights.live import as_checkpoint, linear_modules, live_tensors, meta_model
+from lox_hf.weights.selection import select
+from lox_hf.weights.source import CheckpointSource, DictSource, WeightSource
+
+ModelLike: TypeAlias = str | Path | nn.Module | Mapping[str, Tensor]
+
+
+@runtime_checkable
+class HasFactors(Protocol):
+    """Something that holds directions already, such as a `SafetySubspace`."""
+
+    config: LoxConfig
+
+    def factor_source(self) -> FactorSource:
+        """Return the directions by matrix."""
+        ...
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models.
+
+    Attributes:
+        source: Its tensors by checkpoint name.
+        reference: Name and revision, for reports.
+        files: Its folder; None for a model in memory.
+    """
+
+    source: WeightSource
+    reference: ModelReference
+    files: Resolved | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The aligned model, where its directions come from, and the plan; everything that needs no numbers is checked.
+
+    Attributes:
+        aligned: The aligned model.
+        factors: Where the directions come from.
+        plans: What is done to each tensor, in file order.
+        config: The settings with the base that was found.
+        base: The base's folder; None for a base in memory and for a subspace.
+        base_found_in: Where the base was named: "config", or the file of the aligned model.
+    """
+
+    aligned: Side
+    factors: FactorSource
+    plans: list[TensorPlan]
+    config: LoxConfig
+    base: Resolved | None
+    base_found_in: str
+
+
+def open_pair(
+    aligned: ModelLike,
+    base: "ModelLike | HasFactors | None",
+    config: LoxConfig | None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    allow_repeat: bool = False,
+) -> Pair:
+    """Open both sides, plan every tensor, and run every check that needs no numbers.
+
+    Args:
+        aligned: The aligned model.
+        base: The model before alignment, or directions that were found before; None takes what `config` or the aligned
+            model's own files name.
+        config: Settings; None takes those of a subspace, or the defaults.
+        revision: Revision of the aligned model on the Hub.
+        token: Hub token.
+        trust_remote_code: Run modelling code of the aligned model's repository where "all-linear" needs it.
+        allow_repeat: Accept an aligned model that is hardened already.
+
+    Returns:
+        The pair.
+
+    Raises:
+        ConfigError: If no base is named, or the settings select nothing.
+        PairingError: If the two do not fit.
+        CheckpointError: If files are missing or damaged.
+        UnsupportedModelError: If weights are quantised, offloaded or sharded.
+        AlreadyHardenedError: If the aligned model is hardened and `allow_repeat` is not set.
+    """
+    if config is None:
+        config = base.config if isinstance(base, HasFactors) else LoxConfig()
+    ours = open_side(aligned, "aligned", revision=revision, token=token, files=CHECKPOINT_FILES)
+    if not allow_repeat:
+        check_not_hardened(_stamp(aligned, ours), ours.reference.name_or_path)
+    if isinstance(base, HasFactors):
+        factors, theirs, found_in = base.factor_source(), None, "subspace"
+    else:
+        base, config, found_in = _named(base, config, aligned, ours, token)
+        theirs = open_side(base, "base", revision=config.revision, token=token, files=BASE_FILES, like=aligned)
+        if ours.files and theirs.files:
+            check_roles(ours.files, theirs.files)
+        factors = BaseFactors(theirs.source, config, theirs.reference)
+    linear = _linear_modules(aligned, ours, trust_remote_code) if config.target_modules == ALL_LINEAR else ()
+    plans = select(ours.source.infos(), config, linear)
+    factors.check(ours.source, plans, config)
+    return Pair(ours, factors, plans, config, theirs.files if theirs else None, found_in)
+
+
+def open_side(
+    model: ModelLike,
+    role: str,
+    *,
+    revision: str | None,
+    token: str | bool | None,
+    files: list[str],
+    like: ModelLike | None = None,
+) -> Side:
+    """Open one model.
+
+    Args:
+        model: Id, folder, model or state dict.
+        role: "aligned" or "base", for messages.
+        revision: Revision on the Hub.
+        token: Hub token.
+        files: Patterns of the files to download.
+        like: The loaded model whose fusing of weights a state dict shares.
+
+    Returns:
+        The side.
+
+    Raises:
+        CheckpointError: If files are missing or damaged.
+        UnsupportedModelError: If the weights are not plain tensors.
+    """
+    if isinstance(model, nn.Module):
+        config = getattr(model, "config", None)
+        name = getattr(config, "_name_or_path", "") or type(model).__name__
+        reference = ModelReference(name, getattr(config, "_commit_hash", None))
+        return Side(DictSource(live_tensors(model), f"{role} '{name}'"), reference)
+    if isinstance(model, Mapping):
+        tensors = as_checkpoint(like, model) if isinstance(like, nn.Module) else dict(model)
+        return Side(DictSource(tensors, f"{role} (a state dict)"), ModelReference("a state dict"))
+    resolved = resolve(model, revision=revision, token=token, files=files)
+    label = f"{role} '{model}'"
+    check_dense(resolved.folder, label)
+    return Side(CheckpointSource(resolved.folder, label), resolved.reference, resolved)
+
+
+def _named(
+    base: "ModelLike | None", config: LoxConfig, aligned: ModelLike, ours: Side, token: str | bool | None
+) -> tuple[ModelLike, LoxConfig, str]:
+    """The base that is used, the config that names it, and where it was found."""
+    if isinstance(base, (nn.Module, Mapping)):
+        return base, config, "base_model"
+    if base is not None:
+        return base, replace(config, base_model_name_or_path=str(base)), "base_model"
+    if config.base_model_name_or_path is not None:
+        return config.base_model_name_or_path, config, "config"
+    folder = ours.files.folder if ours.files else _card_folder(ours.reference, token)
+    found = named_base(folder) if folder else None
+    if found is None:
+        raise ConfigError(
+            f"No base model is named for {ours.source.label}, and its own files do not name one. "
+            "Say which model it was aligned from: base_model_name_or_path (--base-model)."
+        )
+    name, file = found
+    return name, replace(config, base_model_name_or_path=name), file
+
+
+def _card_folder(reference: ModelReference, token: str | bool | None) -> Path | None:
+    """Folder with the card of a model in memory, where it was loaded from a folder or the Hub."""
+    try:
+        return fetch_file(reference.name_or_path, CARD, revision=reference.revision, token=token).parent
+    except CheckpointError:
+        return None
+
+
+def _stamp(aligned: ModelLike, side: Side) -> object:
+    if side.files is not None:
+        return model_config(side.files.folder).get(STAMP)
+    return getattr(getattr(aligned, "config", None), STAMP, None)
+
+
+def _linear_modules(aligned: ModelLike, side: Side, trust_remote_code: bool) -> set[str]:
+    if isinstance(aligned, nn.Module):
+        return linear_modules(aligned)
+    if side.files is None:
+        raise ConfigError(f"target_modules={ALL_LINEAR!r} needs a model or a checkpoint, a state dict does not know its modules.")
+    return linear_modules(meta_model(side.files.folder, trust_remote_code=trust_remote_code))

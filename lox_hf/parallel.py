@@ -1,0 +1,85 @@
+"""Work over tensors: one thread per core, each with single-threaded kernels, and a progress bar on terminals."""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def map_tensors(
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    size_of: Callable[[Item], int],
+    num_workers: int | None = None,
+    progressbar: bool | None = None,
+    description: str = "",
+) -> list[Result]:
+    """Run `work` on every item, the largest first so that the threads end together.
+
+    Products of a tall matrix with a few columns scale badly over threads, tensors scale well: hence a thread per
+    tensor with kernels on one thread. The number of kernel threads is restored afterwards.
+
+    Args:
+        work: Function of one item; it must be safe to run in several threads.
+        items: Items.
+        size_of: Size of an item in bytes, for the order and the progress bar.
+        num_workers: Threads; None takes torch's number of threads, or 1 for tensors on an accelerator.
+        progressbar: Show a progress bar on standard error; None shows one on a terminal only.
+        description: Text beside the bar.
+
+    Returns:
+        Results in the order of `items`.
+
+    Raises:
+        BaseException: The first error of `work`; items that have not begun are dropped.
+    """
+    workers = max(1, min(num_workers or torch.get_num_threads(), len(items)))
+    order = sorted(range(len(items)), key=lambda number: -size_of(items[number]))
+    stop = threading.Event()
+    with _bar(sum(map(size_of, items)), progressbar, description) as advance, _kernel_threads(1):
+
+        def run(number: int) -> Result | None:
+            if stop.is_set():
+                return None
+            result = work(items[number])
+            advance(size_of(items[number]))
+            return result
+
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures = {number: pool.submit(run, number) for number in order}
+            try:
+                done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+            finally:
+                stop.set()
+    for future in done:
+        future.result()  # raises the first error
+    return [futures[number].result() for number in range(len(items))]
+
+
+@contextmanager
+def _kernel_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _bar(total: int, shown: bool | None, description: str) -> Iterator[Callable[[int], None]]:
+    if shown is False or (shown is None and not sys.stderr.isatty()):
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=description, unit="B", unit_scale=True, file=sys.stderr) as bar:
+        yield lambda count: bar.update(count) and None

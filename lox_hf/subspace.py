@@ -1,0 +1,311 @@
+"""`SafetySubspace`: the directions of every matrix as one artefact, so that another alpha costs no decomposition."""
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lox_hf.config import CONFIG_NAME, LoxConfig
+from lox_hf.core.delta import Delta
+from lox_hf.core.lowrank import Decomposition, LowRank
+from lox_hf.edit import (
+    FactorSource,
+    check_something_changed,
+    matrices,
+    matrix_names,
+    naming,
+    report_warnings,
+    tensor_report,
+)
+from lox_hf.errors import CheckpointError, ConfigError, PairingError
+from lox_hf.hub_files import fetch_file, push_folder
+from lox_hf.inputs import ModelLike, Pair, open_pair
+from lox_hf.parallel import map_tensors
+from lox_hf.records import REPORT_NAME, HardeningReport, TensorPlan, TensorReport
+from lox_hf.version import versions
+from lox_hf.weights.selection import matrix_shape
+from lox_hf.weights.source import WeightSource, listing
+from lox_hf.weights.writer import FolderWriter
+
+SUBSPACE_NAME = "lox_subspace.safetensors"
+
+
+@dataclass(frozen=True)
+class SafetySubspace:
+    """U, S, Vh of dW = W_aligned - W_base for every matrix: the directions along which alignment moved the weights.
+
+    Attributes:
+        factors: By matrix name (a tensor's checkpoint name, `name[i]` in a stack of experts): U (m, k), S (k,) and
+            Vh (k, n), all float32.
+        config: The settings they were made with.
+        report: Energy share, residual and gap of each, and which two models they come from.
+
+    Example:
+        >>> from lox_hf import LoxConfig, SafetySubspace
+        >>> subspace = SafetySubspace.from_models("org/aligned", "org/base", LoxConfig(r=6))  # doctest: +SKIP
+        >>> subspace.save_pretrained("subspace")  # doctest: +SKIP
+        >>> model = apply_lox(model, LoxConfig(r=6, alpha=0.5), base_model=subspace)  # doctest: +SKIP
+
+    Source: Perin et al., COLM 2025, section 3.
+    """
+
+    factors: Mapping[str, LowRank]
+    config: LoxConfig
+    report: HardeningReport
+
+    @classmethod
+    def from_models(
+        cls,
+        aligned: ModelLike,
+        base: ModelLike | None = None,
+        config: LoxConfig | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
+        progressbar: bool | None = None,
+    ) -> Self:
+        """Find the directions between two models: `Proj_k(W_aligned - W_base)` (section 3), tensor by tensor.
+
+        Args:
+            aligned: Folder, Hub id, loaded model or state dict.
+            base: The model before alignment, in the same forms; None takes it from `config`, or from the aligned
+                model's own files.
+            config: Settings; `alpha` is not used. `r` must not be None.
+            revision: Revision of the aligned model on the Hub.
+            token: Hub token; None uses the stored login.
+            trust_remote_code: Run modelling code of the aligned model's repository where "all-linear" needs it.
+            progressbar: Show a progress bar; None shows one on a terminal only.
+
+        Returns:
+            The subspace, factors in float32 on the device of the aligned model.
+
+        Raises:
+            ConfigError: If no base is named, or `r` is None.
+            PairingError: If the two models do not fit; all mismatches are listed.
+            CheckpointError: If files are missing or damaged.
+            UnsupportedModelError: If weights are quantised, offloaded or sharded.
+            NumericsError: If a matrix contains NaN or Inf; it is named.
+        """
+        pair = open_pair(
+            aligned, base, config, revision=revision, token=token, trust_remote_code=trust_remote_code, allow_repeat=True
+        )
+        return cls.from_pair(pair, progressbar=progressbar)
+
+    @classmethod
+    def from_pair(cls, pair: Pair, *, progressbar: bool | None = None) -> Self:
+        """Find the directions of an opened pair; see `from_models`."""
+        started = time.perf_counter()
+        source = pair.aligned.source
+        edited = [plan for plan in pair.plans if plan.edit]
+        full = [plan.name for plan in edited if plan.r is None]
+        if full:
+            raise ConfigError(f"The full rank (r=None) has no low-rank directions: {listing(full, 5)} Give r a number.")
+
+        def work(plan: TensorPlan) -> list[tuple[Decomposition, TensorReport]]:
+            found = _find(plan, source.get(plan.name), pair.factors)
+            source.release(plan.name)
+            pair.factors.release(plan.name)
+            return found
+
+        size = source.infos()
+        results = map_tensors(
+            work, edited, size_of=lambda plan: size[plan.name].size_bytes, progressbar=progressbar, description="Decomposing"
+        )
+        found = [item for items in results for item in items]
+        reports = tuple(report for _, report in found)
+        check_something_changed(reports, source.label, "the base")
+        report = HardeningReport(
+            aligned=pair.aligned.reference,
+            base=pair.factors.reference,
+            config=pair.config.to_dict(),
+            tensors=reports,
+            copied=len(pair.plans) - len(edited),
+            seconds=time.perf_counter() - started,
+            versions=versions(),
+            warnings=report_warnings(reports),
+        )
+        return cls({item.name: directions.factors for directions, item in found}, pair.config, report)
+
+    def factor_source(self) -> FactorSource:
+        """Return the directions by matrix, for an edit."""
+        return SubspaceFactors(self)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    ) -> Self:
+        """Read a subspace from a folder or a Hub repository.
+
+        Args:
+            pretrained_name_or_path: Folder or Hub id.
+            revision: Revision on the Hub.
+            token: Hub token; None uses the stored login.
+
+        Returns:
+            The subspace, in memory.
+
+        Raises:
+            CheckpointError: If a file is missing or damaged.
+            ConfigError: If the stored config is invalid.
+        """
+        config = LoxConfig.from_pretrained(pretrained_name_or_path, revision=revision, token=token)
+        path = fetch_file(pretrained_name_or_path, SUBSPACE_NAME, revision=revision, token=token)
+        report_path = fetch_file(pretrained_name_or_path, REPORT_NAME, revision=revision, token=token)
+        try:
+            report = HardeningReport.from_json(report_path.read_text(encoding="utf-8"))
+            with safe_open(path, framework="pt") as file:
+                names = json.loads((file.metadata() or {})["matrices"])
+                factors = {
+                    name: LowRank(*(file.get_tensor(f"{name}.{part}") for part in ("U", "S", "Vh"))) for name in names
+                }
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"'{pretrained_name_or_path}' does not hold a readable LoX subspace: {error}.") from error
+        return cls(factors, config, report)
+
+    def save_pretrained(self, save_directory: str | Path) -> Path:
+        """Write `lox_subspace.safetensors`, `lox_config.json` and `lox_report.json` into a new folder, by one rename.
+
+        Args:
+            save_directory: Folder to create; it must not exist, or be empty.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OutputError: If the folder exists or cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, item in self.factors.items():
+            for part in ("U", "S", "Vh"):
+                tensors[f"{name}.{part}"] = getattr(item, part).cpu().contiguous()
+        writer = FolderWriter(save_directory)
+        writer.check(sum(tensor.nbytes for tensor in tensors.values()), [])
+        with writer:
+            metadata = {"format": "pt", "matrices": json.dumps(list(self.factors))}
+            save_file(tensors, writer.partial / SUBSPACE_NAME, metadata=metadata)
+            writer.write(CONFIG_NAME, self.config.to_json().encode())
+            writer.write(REPORT_NAME, self.report.to_json().encode())
+            return writer.publish()
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, commit_message: str | None = None
+    ) -> str:
+        """Upload the three files to a Hub model repository, which is made if needed, in one commit.
+
+        Args:
+            repo_id: Hub id.
+            private: Whether a new repository is private.
+            token: Hub token; None uses the stored login.
+            commit_message: Message of the commit.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            CheckpointError: If the Hub refuses or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            folder = self.save_pretrained(Path(folder) / "subspace")
+            message = commit_message or "Add LoX subspace"
+            return push_folder(folder, repo_id, private=private, token=token, message=message)
+
+
+class SubspaceFactors:
+    """Directions read from a saved subspace: nothing is decomposed.
+
+    Args:
+        subspace: The artefact.
+    """
+
+    def __init__(self, subspace: SafetySubspace) -> None:
+        self.subspace, self.reference = subspace, subspace.report.base
+        self._reports = {report.name: report for report in subspace.report.tensors}
+
+    def check(self, aligned: WeightSource, plans: list[TensorPlan], config: LoxConfig) -> None:
+        """Raise with all tensors that the subspace does not hold, or holds in another shape or a lower rank."""
+        problems = [problem for plan in plans if plan.edit for problem in self._problems(plan)]
+        if problems:
+            raise PairingError(
+                f"The subspace does not fit {aligned.label}: {len(problems)} matrices differ. {listing(problems)} "
+                "Make it again with SafetySubspace.from_models and these settings."
+            )
+
+    def prefetch(self, name: str) -> None:
+        """Do nothing: the factors are in memory."""
+
+    def release(self, name: str) -> None:
+        """Do nothing: the factors stay."""
+
+    def delta(self, plan: TensorPlan, number: int, aligned: Tensor) -> Delta:
+        """Refuse: a subspace does not hold the whole of dW."""
+        raise ConfigError(f"{plan.name}: the full rank (r=None) needs the base model, a subspace does not hold it.")
+
+    def find(self, plan: TensorPlan, number: int, aligned: Tensor) -> Decomposition:
+        """Return the top r of the stored directions."""
+        name = matrix_names(plan.name, plan.shape)[number]
+        stored, report = self.subspace.factors[name], self._reports[name]
+        k = _wanted_rank(stored, plan.r, report.delta_norm**2)
+        cut = stored.truncate(k)
+        next_s = stored.S[k].item() if k < stored.rank else _next_s(report)
+        factors = LowRank(*(part.to(aligned.device) for part in (cut.U, cut.S, cut.Vh)))
+        method = "subspace" if stored.rank else "zero"
+        return Decomposition(factors, report.delta_norm**2, next_s, report.residual, 0, method)
+
+    def _problems(self, plan: TensorPlan) -> list[str]:
+        if plan.r is None:
+            return [f"{plan.name}: the full rank (r=None) needs the base model"]
+        problems = []
+        for name, shape in zip(matrix_names(plan.name, plan.shape), _matrix_shapes(plan), strict=True):
+            stored = self.subspace.factors.get(name)
+            if stored is None:
+                problems.append(f"{name}: not in the subspace")
+            elif stored.shape != shape:
+                problems.append(f"{name}: {shape} against {stored.shape}")
+            elif not self._deep_enough(stored, self._reports[name], plan.r):
+                problems.append(f"{name}: r = {plan.r} against {stored.rank} stored directions")
+        return problems
+
+    def _deep_enough(self, stored: LowRank, report: TensorReport, r: int | float) -> bool:
+        asked = self.subspace.config.r
+        complete = isinstance(asked, int) and stored.rank < asked  # dW has no more directions than these
+        if isinstance(r, int):
+            return r <= stored.rank or complete or stored.rank in (0, min(stored.shape))
+        return complete or stored.rank == 0 or report.energy_share >= r * (1 - 1e-6)
+
+
+def _find(plan: TensorPlan, aligned: Tensor, source: FactorSource) -> list[tuple[Decomposition, TensorReport]]:
+    results = []
+    for number, (name, matrix) in enumerate(zip(matrix_names(plan.name, plan.shape), matrices(aligned), strict=True)):
+        started = time.perf_counter()
+        with naming(name):
+            found = source.find(plan, number, matrix)
+        report = tensor_report(name, plan, found, time.perf_counter() - started)
+        results.append((found, replace(report, alpha=0.0)))
+    return results
+
+
+def _matrix_shapes(plan: TensorPlan) -> list[tuple[int, int]]:
+    _, rows, columns = matrix_shape(plan.shape)
+    return [(rows, columns)] * len(matrix_names(plan.name, plan.shape))
+
+
+def _wanted_rank(stored: LowRank, r: int | float | None, energy: float) -> int:
+    if not isinstance(r, float):
+        return min(r or stored.rank, stored.rank)
+    reached = stored.S.double().square().cumsum(0) >= r * energy * (1 - 1e-6)
+    return int(reached.int().argmax()) + 1 if reached.any() else stored.rank
+
+
+def _next_s(report: TensorReport) -> float:
+    """s_(k+1) back from the gap (s_k - s_(k+1)) / s_1."""
+    if not report.singular_values or report.gap != report.gap:
+        return 0.0
+    return max(0.0, report.singular_values[-1] - report.gap * report.singular_values[0])

@@ -1,0 +1,92 @@
+"""What it takes to get the aligned weights back bit for bit, in a fraction of their memory.
+
+The hardened weight minus the part that was added is the aligned weight again but for rounding. So only the factors of
+that part are kept, and the few entries where rounding does not come back to where it started.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lox_hf.core.delta import Delta
+from lox_hf.core.lowrank import LowRank
+
+INTEGERS = {2: torch.int16, 4: torch.int32}
+
+Estimate = Callable[[slice, Tensor], object]
+"""Turns rows of the hardened weight, float32, into those of the aligned weight in place, up to rounding."""
+
+
+@dataclass
+class Undo:
+    """The way back for one matrix.
+
+    Attributes:
+        matrix: View of the live weight.
+        estimate: How the aligned rows follow from the hardened ones.
+        written: Slices of rows that were written.
+        corrections: By first row of a slice: positions in it that do not round back, and their aligned values.
+        aligned_sum: Checksum of the aligned bits.
+        hardened_sum: Checksum of the hardened bits.
+    """
+
+    matrix: Tensor
+    estimate: Estimate
+    written: list[slice] = field(default_factory=list)
+    corrections: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    aligned_sum: int = 0
+    hardened_sum: int = 0
+
+    def write(self, part: slice, hardened: Tensor) -> None:
+        """Put hardened rows in place and keep what is needed to undo it."""
+        target = self.matrix[part]
+        returned = self._back(part, hardened)
+        wrong = (_bits(returned) != _bits(target)).flatten().nonzero().squeeze(1)
+        if len(wrong):
+            self.corrections[part.start] = (wrong.to(torch.int32), target.flatten()[wrong])
+        self.written.append(part)
+        self.aligned_sum += _checksum(target)
+        self.hardened_sum += _checksum(hardened)
+        target.copy_(hardened)
+
+    def unchanged(self) -> bool:
+        """Whether the weight is still what was written."""
+        return sum(_checksum(self.matrix[part]) for part in self.written) == self.hardened_sum
+
+    def revert(self) -> bool:
+        """Restore the rows that were written; True when their bits are the aligned ones again."""
+        restored = 0
+        for part in self.written:
+            rows = self._back(part, self.matrix[part])
+            if part.start in self.corrections:
+                positions, values = self.corrections[part.start]
+                rows.view(-1)[positions.long()] = values
+            restored += _checksum(rows)
+            self.matrix[part] = rows
+        return restored == self.aligned_sum
+
+    def _back(self, part: slice, hardened: Tensor) -> Tensor:
+        work = hardened.to(torch.float32, copy=True)
+        self.estimate(part, work)
+        return work.to(hardened.dtype)
+
+
+def subtract_low_rank(factors: LowRank, alpha: float) -> Estimate:
+    """The way back from `extrapolate`."""
+    left, right = factors.U * (alpha * factors.S), factors.Vh.contiguous()
+    return lambda part, tile: tile.addmm_(left[part], right, alpha=-1)
+
+
+def subtract_full(delta: Delta, alpha: float) -> Estimate:
+    """The way back from `extrapolate_full`: W = (W_hardened + alpha W_base) / (1 + alpha)."""
+    return lambda part, tile: tile.add_(delta.base_rows(part), alpha=alpha).div_(1 + alpha)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(INTEGERS[tensor.element_size()])
+
+
+def _checksum(tensor: Tensor) -> int:
+    return int(_bits(tensor).sum(dtype=torch.int64))
