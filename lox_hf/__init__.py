@@ -8,32 +8,51 @@ from typing import TYPE_CHECKING, Any
 
 from lox_hf.version import __version__
 
-_HOMES = {
-    "LoxConfig": "config",
-    "apply_lox": "apply",
-    "revert_lox": "apply",
-    "hardening_report": "apply",
-    "get_lox_model": "adapter",
-    "extract_lox_adapter": "adapter",
-    "harden_checkpoint": "harden",
-    "plan_hardening": "harden",
-    "SafetySubspace": "subspace",
-    "HardeningPlan": "records",
-    "HardeningReport": "records",
-    "ModelReference": "records",
-    "TensorPlan": "records",
-    "TensorReport": "records",
-    "LoxError": "errors",
-    "AlreadyHardenedError": "errors",
-    "CheckpointError": "errors",
-    "ConfigError": "errors",
-    "NumericsError": "errors",
-    "OutputError": "errors",
-    "PairingError": "errors",
-    "UnsupportedModelError": "errors",
-}
+__all__ = [
+    "AlreadyHardenedError",
+    "CheckpointError",
+    "ConfigError",
+    "HardeningPlan",
+    "HardeningReport",
+    "LoxConfig",
+    "LoxError",
+    "ModelReference",
+    "NumericsError",
+    "OutputError",
+    "PairingError",
+    "SafetySubspace",
+    "TensorPlan",
+    "TensorReport",
+    "UnsupportedModelError",
+    "__version__",
+    "apply_lox",
+    "extract_lox_adapter",
+    "get_lox_model",
+    "harden_checkpoint",
+    "hardening_report",
+    "plan_hardening",
+    "revert_lox",
+]
 
-__all__ = ["__version__", *_HOMES]
+_HOMES = {
+    "adapter": ("extract_lox_adapter", "get_lox_model"),
+    "apply": ("apply_lox", "hardening_report", "revert_lox"),
+    "config": ("LoxConfig",),
+    "errors": (
+        "AlreadyHardenedError",
+        "CheckpointError",
+        "ConfigError",
+        "LoxError",
+        "NumericsError",
+        "OutputError",
+        "PairingError",
+        "UnsupportedModelError",
+    ),
+    "harden": ("harden_checkpoint", "plan_hardening"),
+    "records": ("HardeningPlan", "HardeningReport", "ModelReference", "TensorPlan", "TensorReport"),
+    "subspace": ("SafetySubspace",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
     from lox_hf.adapter import extract_lox_adapter, get_lox_model
@@ -55,9 +74,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _HOME_OF:
         raise AttributeError(f"module 'lox_hf' has no attribute '{name}'")
-    value = getattr(import_module(f"lox_hf.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"lox_hf.{_HOME_OF[name]}"), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""The same hardening as an exact LoRA adapter: alpha * U S Vh = B A, with B = U sqrt(alpha S), A = sqrt(alpha S) Vh."""
+"""LoX as an exact LoRA adapter: alpha * U S Vh = B A, with B = U sqrt(alpha S) and A = sqrt(alpha S) Vh."""
 
 import warnings
 from collections import Counter
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lox_hf.config import CONFIG_NAME, LoxConfig
 from lox_hf.core.lowrank import LowRank
-from lox_hf.errors import ConfigError, UnsupportedModelError
+from lox_hf.errors import ConfigError, LoxError, NumericsError, UnsupportedModelError
 from lox_hf.hub_files import CHECKPOINT_FILES, resolve
 from lox_hf.inputs import HasFactors, ModelLike, open_pair
 from lox_hf.provenance import STAMP, check_not_hardened
@@ -18,7 +18,7 @@ from lox_hf.subspace import SafetySubspace
 from lox_hf.weights.live import checkpoint_names, meta_model
 from lox_hf.weights.selection import module_name
 from lox_hf.weights.source import listing
-from lox_hf.weights.writer import FolderWriter
+from lox_hf.weights.writer import FolderWriter, output_errors
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -49,7 +49,7 @@ def get_lox_model(
         model: The aligned model; it gets the adapter's layers.
         config: Settings; None takes a subspace's own, or the defaults. `r` must not be None, `alpha` must be positive.
         base_model: The model before alignment, or a `SafetySubspace`; see `apply_lox`.
-        aligned_model: Where the aligned weights are read from, if not from `model`: folder or Hub id in full precision.
+        aligned_model: Where the aligned weights are read from, if not from `model`: folder or Hub id, full precision.
         adapter_name: PEFT's name of the adapter.
         allow_repeat: Put LoX on a model that is hardened already.
         token: Hub token; None uses the stored login.
@@ -129,6 +129,8 @@ def extract_lox_adapter(
         trust_remote_code=trust_remote_code,
         allow_repeat=allow_repeat,
     )
+    if pair.base is not None:
+        writer.check(0, [pair.base.folder])
     check_has_adapter_form(pair.plans)
     skeleton = meta_model(aligned.folder, trust_remote_code=trust_remote_code)
     check_carries_lora(skeleton, pair.plans)
@@ -137,7 +139,8 @@ def extract_lox_adapter(
     peft_config = peft_model.peft_config["default"]
     peft_config.base_model_name_or_path, peft_config.revision = str(model_name_or_path), aligned.reference.revision
     with writer:
-        peft_model.save_pretrained(writer.partial, save_embedding_layers=False)
+        with output_errors(writer.output):
+            peft_model.save_pretrained(str(writer.partial), save_embedding_layers=False)
         (writer.partial / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         writer.write(CONFIG_NAME, pair.config.to_json().encode())
         writer.write(REPORT_NAME, subspace.report.to_json().encode())
@@ -185,7 +188,7 @@ def check_carries_lora(model: nn.Module, plans: list[TensorPlan]) -> dict[str, s
             wrong.append(f"{plan.name}: {plan.shape}")
     if wrong:
         raise UnsupportedModelError(
-            f"{len(wrong)} selected weights cannot carry LoRA (fused experts, convolutions, or no linear layer's weight): "
+            f"{len(wrong)} selected weights cannot carry LoRA (fused experts, convolutions, not a linear layer): "
             f"{listing(wrong, 8)} Leave them out with exclude_modules, or edit the weights with apply_lox."
         )
     return modules
@@ -200,14 +203,17 @@ def lora_factors(directions: LowRank, alpha: float) -> tuple[Tensor, Tensor]:
 
     Returns:
         B and A with B A = alpha U S Vh.
+
+    Raises:
+        NumericsError: If alpha is so large that they overflow.
     """
     root = (alpha * directions.S).sqrt()
+    if not root.isfinite().all():
+        raise NumericsError(f"The factors overflow float32: alpha = {alpha} is too large.")
     return directions.U * root, root[:, None] * directions.Vh
 
 
 def _wrap(model: nn.Module, subspace: SafetySubspace, plans: list[TensorPlan], adapter_name: str) -> "PeftModel":
-    import peft
-
     modules = check_carries_lora(model, plans)
     alphas = {plan.name: plan.alpha for plan in plans}
     factors = {
@@ -216,13 +222,15 @@ def _wrap(model: nn.Module, subspace: SafetySubspace, plans: list[TensorPlan], a
         if directions.rank
     }
     factors |= _tied_copies(model, factors)
+    peft = _import_peft()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|fan_in_fan_out).*")  # both are handled here
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between PEFT and transformers
         wrapped = peft.get_peft_model(
             model, _lora_config(model, factors), adapter_name=adapter_name, autocast_adapter_dtype=False
         )
     for name, (b, a) in factors.items():
-        _fill(wrapped.base_model.model.get_submodule(name), adapter_name, b, a)
+        _fill(wrapped.get_submodule(f"base_model.model.{name}"), adapter_name, b, a)
     for parameter in wrapped.parameters():
         parameter.requires_grad_(False)
     return wrapped
@@ -230,13 +238,12 @@ def _wrap(model: nn.Module, subspace: SafetySubspace, plans: list[TensorPlan], a
 
 def _lora_config(model: nn.Module, factors: Factors) -> "LoraConfig":
     """A LoraConfig with scaling 1 everywhere, as lora_alpha equals the rank."""
-    import peft
     from transformers.pytorch_utils import Conv1D
 
     ranks = {name: a.shape[0] for name, (_, a) in factors.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: rank for name, rank in ranks.items() if rank != r}
-    return peft.LoraConfig(
+    return _import_peft().LoraConfig(
         r=r,
         lora_alpha=r,
         target_modules=sorted(ranks),
@@ -264,11 +271,13 @@ def _tied_copies(model: nn.Module, factors: Factors) -> Factors:
     """Factors for the second names of tied weights, which the stored checkpoint does not hold."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     copies = {
-        module_name(second): factors[module_name(first)] for second, first in tied.items() if module_name(first) in factors
+        module_name(second): factors[module_name(first)]
+        for second, first in tied.items()
+        if module_name(first) in factors
     }
     if copies:
         warnings.warn(
-            f"{', '.join(copies)} shares its weight with the embedding. The adapter is exact while it is attached, but "
+            f"{', '.join(copies)} shares its weight with the embedding. The adapter is exact while attached, but "
             "PEFT's merge adds both halves to the one weight, twice in all: for merged weights use apply_lox.",
             stacklevel=4,
         )
@@ -279,3 +288,11 @@ def _takes_lora(module: nn.Module | None) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, (nn.Linear, nn.Embedding, Conv1D))
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise LoxError('LoX as an adapter needs PEFT: pip install "lox-hf[peft]".') from error
+    return peft

@@ -14,7 +14,7 @@ from lox_hf.errors import CheckpointError, PairingError, UnsupportedModelError
 from lox_hf.hub_files import Resolved
 from lox_hf.lora import LoraPair, check_plain_lora, harden_pair, plan_pairs
 from lox_hf.provenance import check_not_hardened
-from lox_hf.records import REPORT_NAME, HardeningReport, TensorReport
+from lox_hf.records import REPORT_NAME, HardeningPlan, HardeningReport, TensorReport
 from lox_hf.version import versions
 from lox_hf.weights.folder import side_files
 from lox_hf.weights.selection import get_pattern_value
@@ -50,14 +50,10 @@ def harden_adapter(
         AlreadyHardenedError: If the adapter is hardened and `allow_repeat` is not set.
     """
     started = time.perf_counter()
-    name = adapter.reference.name_or_path
-    adapter_config = read_json(adapter.folder / ADAPTER_CONFIG)
-    check_plain_lora(adapter_config, f"'{name}'")
-    if not allow_repeat and (adapter.folder / CONFIG_NAME).is_file():
-        check_not_hardened(read_json(adapter.folder / CONFIG_NAME), name)
-    tensors = _load(adapter.folder / ADAPTER_WEIGHTS)
-    pairs = _pairs(tensors, adapter_config)
-    reports = _harden(pairs, config, name)
+    tensors, pairs = _open(adapter, allow_repeat)
+    writer = FolderWriter(output_dir)
+    writer.check(sum(tensor.nbytes for tensor in tensors.values()), [adapter.folder])
+    reports = _harden(pairs, config, adapter.reference.name_or_path)
     report = HardeningReport(
         aligned=adapter.reference,
         base=None,
@@ -68,8 +64,42 @@ def harden_adapter(
         seconds=time.perf_counter() - started,
         versions=versions(),
     )
-    _publish(adapter, tensors, report, FolderWriter(output_dir))
+    _publish(adapter, tensors, report, writer)
     return report
+
+
+def plan_adapter(
+    adapter: Resolved, config: LoxConfig, *, output_dir: str | Path | None = None, allow_repeat: bool = False
+) -> HardeningPlan:
+    """Plan `harden_adapter` without writing anything.
+
+    Args:
+        adapter: The adapter's folder.
+        config: Settings.
+        output_dir: Where the output would go; checked when given.
+        allow_repeat: Accept an adapter that is hardened already.
+
+    Returns:
+        What would be done to the change B A of every module.
+
+    Raises:
+        LoxError: As `harden_adapter` would.
+    """
+    tensors, pairs = _open(adapter, allow_repeat)
+    plans = plan_pairs(pairs, config)
+    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    if output_dir is not None:
+        FolderWriter(output_dir).check(total_bytes, [adapter.folder])
+    copied, left_out = side_files(adapter.folder)
+    return HardeningPlan(
+        aligned=adapter.reference,
+        base=None,
+        base_found_in=ADAPTER_CONFIG,
+        tensors=tuple(plans),
+        total_bytes=total_bytes,
+        files=tuple(str(path) for path in copied),
+        left_out=tuple(str(path) for path in left_out if str(path) != ADAPTER_WEIGHTS),
+    )
 
 
 def adapter_scaling(adapter_config: dict, module: str) -> float:
@@ -85,6 +115,19 @@ def adapter_scaling(adapter_config: dict, module: str) -> float:
     r = get_pattern_value(adapter_config.get("rank_pattern"), module, adapter_config["r"])
     alpha = get_pattern_value(adapter_config.get("alpha_pattern"), module, adapter_config["lora_alpha"])
     return alpha / math.sqrt(r) if adapter_config.get("use_rslora") else alpha / r
+
+
+def _open(adapter: Resolved, allow_repeat: bool) -> tuple[dict[str, Tensor], list[LoraPair]]:
+    name = adapter.reference.name_or_path
+    adapter_config = read_json(adapter.folder / ADAPTER_CONFIG)
+    check_plain_lora(adapter_config, f"'{name}'")
+    missing = [key for key in ("r", "lora_alpha") if not isinstance(adapter_config.get(key), (int, float))]
+    if missing:
+        raise CheckpointError(f"The {ADAPTER_CONFIG} of '{name}' does not say {' and '.join(missing)}.")
+    if not allow_repeat and (adapter.folder / CONFIG_NAME).is_file():
+        check_not_hardened(read_json(adapter.folder / CONFIG_NAME), name)
+    tensors = _load(adapter.folder / ADAPTER_WEIGHTS)
+    return tensors, _pairs(tensors, adapter_config)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -126,11 +169,8 @@ def _harden(pairs: list[LoraPair], config: LoxConfig, name: str) -> list[TensorR
     return reports
 
 
-def _publish(
-    adapter: Resolved, tensors: dict[str, Tensor], report: HardeningReport, writer: FolderWriter
-) -> None:
+def _publish(adapter: Resolved, tensors: dict[str, Tensor], report: HardeningReport, writer: FolderWriter) -> None:
     weights = save(tensors, metadata={"format": "pt"})
-    writer.check(len(weights), [adapter.folder])
     with writer:
         for path in side_files(adapter.folder)[0]:
             if str(path) not in (CONFIG_NAME, REPORT_NAME):

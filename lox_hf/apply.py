@@ -50,8 +50,8 @@ def apply_lox(
         model: The aligned model, a PreTrainedModel in float32, float16 or bfloat16; changed in place. A PeftModel with
             LoRA adapters needs no base: the active adapter is the alignment; it is hardened and keeps its rank.
         config: Settings; None takes a subspace's own, or the defaults (r=6, alpha=1.25).
-        base_model: The model before alignment: Hub id, folder, module or state dict; or a `SafetySubspace`, which costs
-            no decomposition. None takes `config.base_model_name_or_path`, or the base that the model's card names.
+        base_model: The model before alignment: Hub id, folder, module or state dict; or a `SafetySubspace`, which
+            costs no decomposition. None takes `config.base_model_name_or_path`, or the base the model's card names.
         allow_repeat: Harden a model that is hardened already once more.
         token: Hub token; None uses the stored login.
         progressbar: Show a progress bar; None shows one on a terminal only.
@@ -119,12 +119,16 @@ def revert_lox(model: Model) -> Model:
             "load the aligned model again."
         )
     if not all(undo.unchanged() for undo in record.undos):
-        raise LoxError("The weights were changed after apply_lox, by training or an edit: load the aligned model again.")
+        raise LoxError(
+            "The weights were changed after apply_lox, by training or an edit: load the aligned model again."
+        )
     exact = [undo.revert() for undo in record.undos]
     _set_stamp(model, record.stamp)
     delattr(model, RECORD)
     if not all(exact):
-        raise LoxError("The aligned weights could not be restored bit for bit on this device: load the aligned model again.")
+        raise LoxError(
+            "The aligned weights could not be restored bit for bit on this device: load the aligned model again."
+        )
     return model
 
 
@@ -188,7 +192,11 @@ def _edit(pair: Pair, undos: list[Undo], progressbar: bool | None) -> tuple[Tens
 
     edited = [plan for plan in pair.plans if plan.edit]
     results = map_tensors(
-        work, edited, size_of=lambda plan: infos[plan.name].size_bytes, progressbar=progressbar, description="Hardening"
+        work,
+        edited,
+        size_of=lambda plan: infos[plan.name].size_bytes,
+        progressbar=progressbar,
+        description="Hardening",
     )
     return tuple(report for reports in results for report in reports)
 
@@ -202,7 +210,7 @@ def _remember(model: nn.Module, pair: Pair, undos: list[Undo], reports: tuple[Te
         copied=sum(not plan.edit for plan in pair.plans),
         seconds=sum(item.seconds for item in reports),
         versions=versions(),
-        warnings=report_warnings(reports),
+        warnings=report_warnings(reports, pair.plans),
     )
     before = getattr(getattr(model, "config", None), STAMP, None)
     setattr(model, RECORD, _Record(undos, before, report))

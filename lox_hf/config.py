@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, Self
 
 from lox_hf.errors import CheckpointError, ConfigError
@@ -23,8 +24,8 @@ class LoxConfig:
     Args:
         base_model_name_or_path: The model before alignment: Hub id or folder.
         revision: Revision of the base on the Hub: branch, tag or commit.
-        r: The paper's k. An int is a number of directions, a float in (0, 1] the share of ||dW||_F^2 they must hold per
-            tensor, None the full rank (ExPO; the reference's k = 0).
+        r: The paper's k. An int is a number of directions, a float in (0, 1] the share of ||dW||_F^2 they must hold
+            per tensor, None the full rank (ExPO; the reference's k = 0).
         alpha: The paper's alpha, the reference's `coef`: how often the directions are added once more.
         target_modules: Which modules, as in PEFT: a list matches whole names or their ends, a string is a regular
             expression for the whole name, "all-linear" every linear layer but the output head. None takes every
@@ -75,7 +76,14 @@ class LoxConfig:
             value = getattr(self, name)
             if isinstance(value, (set, tuple, range)):
                 setattr(self, name, sorted(value))
-        problems = [*self._rank_problems(), *self._alpha_problems(), *self._pattern_problems(), *self._svd_problems()]
+        problems = self._type_problems()
+        if not problems:
+            problems = [
+                *self._rank_problems(),
+                *self._alpha_problems(),
+                *self._pattern_problems(),
+                *self._svd_problems(),
+            ]
         if problems:
             raise ConfigError("Invalid LoxConfig: " + "; ".join(problems) + ".")
 
@@ -129,7 +137,7 @@ class LoxConfig:
             The config.
 
         Raises:
-            CheckpointError: If there is no such file, or it is not JSON.
+            CheckpointError: If there is no such file, or it is not a JSON object.
             ConfigError: If its content is not a valid config.
         """
         from lox_hf.hub_files import fetch_file
@@ -139,10 +147,17 @@ class LoxConfig:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"Cannot read {path}: not JSON ({error}).") from error
+        if not isinstance(data, dict):
+            raise CheckpointError(f"Cannot read {path}: expected a JSON object, got {type(data).__name__}.")
         return cls.from_dict(data)
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, commit_message: str | None = None
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
     ) -> str:
         """Upload `lox_config.json` to a Hub model repository, which is made if needed.
 
@@ -161,12 +176,30 @@ class LoxConfig:
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return push_folder(folder, repo_id, private=private, token=token, message=commit_message or "Add LoX config")
+            return push_folder(
+                folder, repo_id, private=private, token=token, message=commit_message or "Add LoX config"
+            )
+
+    def _type_problems(self) -> list[str]:
+        """Settings of another kind than the other checks can read, as a file may hold them."""
+        problems = []
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, NoneType)) and not _is_list_of(value, str):
+                problems.append(f"{name} must be a string or a list of strings, got {value!r}")
+        layers = self.layers_to_transform
+        if not isinstance(layers, (int, NoneType)) and not _is_list_of(layers, int):
+            problems.append(f"layers_to_transform must be an int or a list of ints, got {layers!r}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, dict) and _is_list_of(list(value), str)):
+                problems.append(f"{name} must be a dict by module name, got {value!r}")
+        return problems
 
     def _rank_problems(self) -> list[str]:
         ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": value for key, value in (self.rank_pattern or {}).items()}}
         return [
-            f"{name} must be a positive int (directions), a float in (0, 1] (energy share) or None (full rank), got {r!r}"
+            f"{name} must be a positive int (directions), a float in (0, 1] (energy share) or None, got {r!r}"
             for name, r in ranks.items()
             if not _is_rank(r)
         ]
@@ -190,7 +223,9 @@ class LoxConfig:
             problems.append(f"exclude_modules takes names or a regular expression, not {ALL_LINEAR!r}")
         is_regex = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
         if is_regex and (self.layers_to_transform is not None or self.layers_pattern is not None):
-            problems.append("layers_to_transform and layers_pattern need a list in target_modules, not a regular expression")
+            problems.append(
+                "layers_to_transform and layers_pattern need a list in target_modules, not a regular expression"
+            )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             problems.append("layers_pattern needs layers_to_transform")
         patterns = [self.target_modules, self.exclude_modules, *(self.rank_pattern or {}), *(self.alpha_pattern or {})]
@@ -208,9 +243,13 @@ class LoxConfig:
             problems.append(f"svd must be 'auto' or 'exact', got {self.svd!r}")
         if not isinstance(self.svd_tol, (int, float)) or not 0 < self.svd_tol < 1:
             problems.append(f"svd_tol must lie in (0, 1), got {self.svd_tol!r}")
-        if not isinstance(self.seed, int):
-            problems.append(f"seed must be an int, got {self.seed!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            problems.append(f"seed must be an int from 0 to 2^63 - 1, got {self.seed!r}")
         return problems
+
+
+def _is_list_of(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def _is_rank(r: object) -> bool:

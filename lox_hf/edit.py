@@ -87,7 +87,9 @@ class BaseFactors:
         """Decompose dW of one matrix."""
         config = self.config
         assert plan.r is not None, "the full rank is not decomposed"
-        return decompose(self.delta(plan, number, aligned), plan.r, svd=config.svd, tol=config.svd_tol, seed=config.seed)
+        return decompose(
+            self.delta(plan, number, aligned), plan.r, svd=config.svd, tol=config.svd_tol, seed=config.seed
+        )
 
 
 def is_stack(shape: tuple[int, ...]) -> bool:
@@ -170,22 +172,29 @@ def tensor_report(name: str, plan: TensorPlan, found: Decomposition, seconds: fl
     )
 
 
-def report_warnings(reports: Iterable[TensorReport]) -> tuple[str, ...]:
-    """What a reader of the reports should know: cuts in a near tie.
+def report_warnings(reports: Iterable[TensorReport], plans: Iterable[TensorPlan]) -> tuple[str, ...]:
+    """What a reader of the reports should know: ranks that were clipped, and cuts in a near tie.
 
     Args:
         reports: Reports of all matrices.
+        plans: What was planned for each tensor.
 
     Returns:
         Sentences; none where all is well.
     """
+    clipped = [plan.name for plan in plans if plan.edit and (plan.r or 0) > min(matrix_shape(plan.shape)[1:])]
     ties = [report.name for report in reports if report.projector_bound > NEAR_TIE]
-    if not ties:
-        return ()
-    return (
-        f"In {len(ties)} matrices the cut at r falls between nearly equal singular values, so which directions are taken "
-        f"is not well defined there (the energy they hold is): {listing(ties, 3)}",
-    )
+    warnings = []
+    if clipped:
+        warnings.append(
+            f"r exceeds the smaller side of {len(clipped)} tensors, which use all directions: {listing(clipped, 3)}"
+        )
+    if ties:
+        warnings.append(
+            f"In {len(ties)} matrices the cut at r falls between nearly equal singular values, so which directions "
+            f"are taken is not well defined there (the energy they hold is): {listing(ties, 3)}"
+        )
+    return tuple(warnings)
 
 
 def check_something_changed(reports: Iterable[TensorReport], aligned: str, base: str) -> None:
@@ -203,7 +212,9 @@ def check_something_changed(reports: Iterable[TensorReport], aligned: str, base:
         raise PairingError(f"{aligned} and {base} are equal in every selected tensor: nothing to extrapolate.")
 
 
-def _edit_matrix(plan: TensorPlan, matrix: Tensor, number: int, factors: Directions, sink: MatrixSink) -> Decomposition:
+def _edit_matrix(
+    plan: TensorPlan, matrix: Tensor, number: int, factors: Directions, sink: MatrixSink
+) -> Decomposition:
     def write(part: slice, tile: Tensor) -> None:
         sink(number, part, tile)
 

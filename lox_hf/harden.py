@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from lox_hf.adapter_files import harden_adapter
+from lox_hf.adapter_files import harden_adapter, plan_adapter
 from lox_hf.config import CONFIG_NAME, LoxConfig
 from lox_hf.edit import check_something_changed, edit_tensor, matrices, report_warnings
 from lox_hf.errors import CheckpointError
@@ -42,8 +43,8 @@ def harden_checkpoint(
 
     Memory does not grow with the model: tensors are mapped, decomposed and written in tiles. The output has the same
     shards, tensor names, dtypes, metadata and side files as the aligned checkpoint; `config.json` gets the settings as
-    `lox_config`, and `lox_config.json` and `lox_report.json` are added. It appears by one rename when all is done: a run
-    that is killed leaves the inputs untouched and no output, and the next run cleans up after it.
+    `lox_config`, and `lox_config.json` and `lox_report.json` are added. It appears by one rename when all is done: a
+    run that is killed leaves the inputs untouched and no output, and the next run cleans up after it.
 
     Args:
         model_name_or_path: The aligned model: folder or Hub id of a safetensors checkpoint in float32, float16 or
@@ -106,7 +107,7 @@ def harden_checkpoint(
             output=str(output_dir),
             seconds=time.perf_counter() - started,
             versions=versions(),
-            warnings=report_warnings(reports),
+            warnings=report_warnings(reports, pair.plans),
         )
         _write_side_files(pair, plan, writer, report)
         writer.publish()
@@ -127,7 +128,7 @@ def plan_hardening(
     """Plan `harden_checkpoint` without writing anything: every check that needs no numbers is made.
 
     Args:
-        model_name_or_path: See `harden_checkpoint`; an adapter is not planned.
+        model_name_or_path: See `harden_checkpoint`.
         config: Settings.
         output_dir: Where the output would go; checked when given.
         base_model: See `harden_checkpoint`.
@@ -146,6 +147,9 @@ def plan_hardening(
         >>> plan = plan_hardening("org/aligned", LoxConfig("org/base"))  # doctest: +SKIP
         >>> [tensor.reason for tensor in plan.tensors if not tensor.edit]  # doctest: +SKIP
     """
+    aligned = resolve(model_name_or_path, revision=revision, token=token, files=CHECKPOINT_FILES)
+    if is_adapter(aligned.folder):
+        return plan_adapter(aligned, config or LoxConfig(), output_dir=output_dir, allow_repeat=allow_repeat)
     pair = open_pair(
         model_name_or_path,
         base_model,
@@ -161,25 +165,6 @@ def plan_hardening(
     return plan
 
 
-def is_adapter_checkpoint(
-    model_name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None
-) -> bool:
-    """Whether a folder or Hub id holds a PEFT adapter, which is hardened without a base.
-
-    Args:
-        model_name_or_path: Folder or Hub id.
-        revision: Revision on the Hub.
-        token: Hub token.
-
-    Returns:
-        True for an adapter.
-
-    Raises:
-        CheckpointError: If there is no such folder or repository.
-    """
-    return is_adapter(resolve(model_name_or_path, revision=revision, token=token, files=CHECKPOINT_FILES).folder)
-
-
 def _plan(pair: Pair) -> HardeningPlan:
     folder = _folder(pair)
     copied, left_out = side_files(folder)
@@ -190,7 +175,9 @@ def _plan(pair: Pair) -> HardeningPlan:
         tensors=tuple(pair.plans),
         total_bytes=sum(info.size_bytes for info in pair.aligned.source.infos().values()),
         files=tuple(str(path) for path in copied),
-        left_out=tuple(str(path) for path in left_out if path.name not in {shard.path.name for shard in _shards(pair)}),
+        left_out=tuple(
+            str(path) for path in left_out if path.name not in {shard.path.name for shard in _shards(pair)}
+        ),
     )
 
 
@@ -243,10 +230,8 @@ def _file_sink(tensor: Tensor, file: OutputFile, start: int) -> Callable[[int, s
 
 
 def as_bytes(rows: Tensor) -> memoryview:
-    """Bytes of a contiguous CPU tensor of any dtype, without a copy."""
-    import torch
-
-    return memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
+    """Bytes of a CPU tensor of any dtype, without a copy where it is contiguous."""
+    return rows.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _copy_bytes(shard: Shard, name: str, file: OutputFile, start: int) -> None:

@@ -8,7 +8,18 @@ from pathlib import Path
 from lox_hf.errors import CheckpointError
 from lox_hf.records import ModelReference
 
-CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "*.md", "LICENSE*", "NOTICE*"]
+CHECKPOINT_FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "*.py",
+    "*.md",
+    "LICENSE*",
+    "NOTICE*",
+]
 BASE_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "README.md", "*.bin.index.json"]
 OTHER_WEIGHTS = ["original/*", "onnx/*", "openvino/*", "*/consolidated*", "consolidated*", "metal/*", "gguf/*"]
 
@@ -27,7 +38,11 @@ class Resolved:
 
 
 def resolve(
-    name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None, files: list[str] = CHECKPOINT_FILES
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    files: list[str] = CHECKPOINT_FILES,
 ) -> Resolved:
     """Find a model's files: a local folder as it is, a Hub repository by download into the Hub's cache.
 
@@ -79,7 +94,9 @@ def fetch_file(
     if folder.is_dir():
         path = folder / file_name
         if not path.is_file():
-            raise CheckpointError(f"'{name_or_path}' has no {file_name}; it holds {sorted(p.name for p in folder.iterdir())}.")
+            raise CheckpointError(
+                f"'{name_or_path}' has no {file_name}; it holds {sorted(p.name for p in folder.iterdir())}."
+            )
         return path
     _must_be_hub_id(name_or_path)
     import huggingface_hub
@@ -123,7 +140,9 @@ def hub_errors(name: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError as error:
-        raise CheckpointError(f"{at} is gated: ask for access on its Hub page, then log in with `hf auth login`.") from error
+        raise CheckpointError(
+            f"{at} is gated: ask for access on its Hub page, then log in with `hf auth login`."
+        ) from error
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{at} has no such revision.") from error
     except errors.RepositoryNotFoundError as error:
@@ -131,7 +150,9 @@ def hub_errors(name: str, revision: str | None) -> Iterator[None]:
             f"{at} is neither a folder on this machine nor a model on the Hub; for a private one run `hf auth login`."
         ) from error
     except errors.EntryNotFoundError as error:
-        raise CheckpointError(f"{at} does not hold that file, or it is not in the cache and the Hub is out of reach.") from error
+        raise CheckpointError(
+            f"{at} does not hold that file, or it is not in the cache and the Hub is out of reach."
+        ) from error
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(f"{at} is not a folder on this machine, and the Hub did not answer: {error}") from error
 
@@ -145,4 +166,6 @@ def _must_be_hub_id(name_or_path: str | Path) -> None:
     try:
         validate_repo_id(text)
     except HFValidationError as error:
-        raise CheckpointError(f"'{text}' is neither a folder on this machine nor a Hub id such as 'org/model'.") from error
+        raise CheckpointError(
+            f"'{text}' is neither a folder on this machine nor a Hub id such as 'org/model'."
+        ) from error

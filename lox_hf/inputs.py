@@ -1,4 +1,4 @@
-"""From what a user names (ids, folders, models, state dicts, a subspace) to tensors, plans and a source of directions."""
+"""From what a user names (ids, folders, models, a subspace) to tensors, plans and a source of directions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -198,5 +198,7 @@ def _linear_modules(aligned: ModelLike, side: Side, trust_remote_code: bool) -> 
     if isinstance(aligned, nn.Module):
         return linear_modules(aligned)
     if side.files is None:
-        raise ConfigError(f"target_modules={ALL_LINEAR!r} needs a model or a checkpoint, a state dict does not know its modules.")
+        raise ConfigError(
+            f"target_modules={ALL_LINEAR!r} needs a model or a checkpoint, a state dict does not know its modules."
+        )
     return linear_modules(meta_model(side.files.folder, trust_remote_code=trust_remote_code))

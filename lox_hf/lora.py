@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lox_hf.config import LoxConfig
 from lox_hf.core.lowrank import Decomposition, from_lora
 from lox_hf.edit import naming, tensor_report
-from lox_hf.errors import ConfigError, LoxError, PairingError, UnsupportedModelError
-from lox_hf.provenance import STAMP, check_not_hardened, stamp
+from lox_hf.errors import ConfigError, LoxError, NumericsError, PairingError, UnsupportedModelError
+from lox_hf.provenance import check_not_hardened, stamp
 from lox_hf.records import ModelReference, TensorPlan, TensorReport
 from lox_hf.weights.selection import select
 from lox_hf.weights.source import TensorInfo
@@ -53,7 +53,7 @@ def harden_pair(pair: LoraPair, plan: TensorPlan) -> tuple[Tensor, Tensor, Tenso
         B' and A' in the shapes and dtypes of B and A, and the report.
 
     Raises:
-        NumericsError: If the factors contain NaN or Inf.
+        NumericsError: If the factors contain NaN or Inf, or the result overflows their dtype.
     """
     with naming(pair.module):
         whole = from_lora(pair.b, pair.a, pair.scaling)
@@ -61,10 +61,14 @@ def harden_pair(pair: LoraPair, plan: TensorPlan) -> tuple[Tensor, Tensor, Tenso
     k = _wanted(whole, plan.r)
     stretched = s.clone()
     stretched[:k] *= 1 + plan.alpha
-    root = (stretched / abs(pair.scaling)).sqrt()
+    root = (stretched.abs() / abs(pair.scaling)).sqrt()
+    signs = stretched.sign() * (1 if pair.scaling >= 0 else -1)  # alpha < -1 turns directions round
     b, a = torch.zeros_like(pair.b), torch.zeros_like(pair.a)
     b[:, :rank] = whole.factors.U * root
-    a[:rank] = (root[:, None] * whole.factors.Vh) * (1 if pair.scaling >= 0 else -1)
+    a[:rank] = (root * signs)[:, None] * whole.factors.Vh
+    if not (b.isfinite().all() and a.isfinite().all()):
+        dtype = str(pair.b.dtype).removeprefix("torch.")
+        raise NumericsError(f"{pair.module}: the factors overflow {dtype}: alpha is too large.")
     next_s = s[k].item() if k < rank else 0.0
     cut = Decomposition(whole.factors.truncate(k), whole.energy, next_s, 0.0, 0, whole.method)
     return b, a, tensor_report(pair.module, plan, cut, 0.0)
@@ -167,9 +171,17 @@ def check_plain_lora(peft_config: Any, name: str) -> None:
     Raises:
         UnsupportedModelError: If it is not LoRA, or a variant with more than two factors.
     """
-    get = peft_config.get if isinstance(peft_config, dict) else lambda key, default=None: getattr(peft_config, key, default)
+    get = (
+        peft_config.get
+        if isinstance(peft_config, dict)
+        else lambda key, default=None: getattr(peft_config, key, default)
+    )
     kind = getattr(get("peft_type"), "value", get("peft_type"))
-    variants = [key for key in ("use_dora", "use_qalora", "lora_bias", "alora_invocation_tokens", "trainable_token_indices") if get(key)]
+    variants = [
+        key
+        for key in ("use_dora", "use_qalora", "lora_bias", "alora_invocation_tokens", "trainable_token_indices")
+        if get(key)
+    ]
     if kind != "LORA" or variants or get("bias", "none") not in ("none", None):
         what = f"LoRA with {', '.join(variants) or 'bias'}" if kind == "LORA" else kind
         raise UnsupportedModelError(
@@ -181,14 +193,17 @@ def check_plain_lora(peft_config: Any, name: str) -> None:
 def _active_adapter(model: Any) -> str:
     active = model.active_adapters if isinstance(model.active_adapters, list) else [model.active_adapter]
     if len(active) != 1:
-        raise ConfigError(f"{len(active)} adapters are active, {active}: activate the one that aligned the model with set_adapter.")
+        raise ConfigError(
+            f"{len(active)} adapters are active, {active}: activate the one that aligned the model with set_adapter."
+        )
     check_plain_lora(model.peft_config[active[0]], f"Adapter '{active[0]}'")
     return active[0]
 
 
 def _lora_parameters(model: "PeftModel", adapter: str) -> Iterator[tuple[str, tuple[Tensor, Tensor, float]]]:
     """Live B (m, r), A (r, n) and the scaling of every module of an adapter, whatever way round it stores them."""
-    for name, module in model.base_model.model.named_modules():
+    modules: Iterator[tuple[str, Any]] = model.get_submodule("base_model.model").named_modules()
+    for name, module in modules:
         if adapter in getattr(module, "lora_A", {}):
             b, a = module.lora_B[adapter].weight, module.lora_A[adapter].weight
             if b.dim() != 2:

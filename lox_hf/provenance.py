@@ -43,7 +43,9 @@ def check_not_hardened(found: object, name: str) -> None:
     """
     if found is None:
         return
-    settings = ", ".join(f"{key} = {found.get(key)}" for key in ("r", "alpha")) if isinstance(found, dict) else "no settings"
+    settings = (
+        ", ".join(f"{key} = {found.get(key)}" for key in ("r", "alpha")) if isinstance(found, dict) else "no settings"
+    )
     raise AlreadyHardenedError(
         f"'{name}' is hardened by LoX already ({settings}); a second extrapolation is rarely meant. "
         "Start from the aligned model, or pass allow_repeat=True (--allow-repeat)."

@@ -26,7 +26,9 @@ class JsonRecord:
         """Build the record from `to_dict`'s output; fields of newer versions are ignored."""
         types = {item.name: item.type for item in fields(cls)}
         values = {name: value for name, value in data.items() if name in types}
-        return cls(**{name: math.nan if value is None and types[name] is float else value for name, value in values.items()})
+        return cls(
+            **{name: math.nan if value is None and types[name] is float else value for name, value in values.items()}
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -54,6 +56,12 @@ class TensorReport(JsonRecord):
         projector_bound: Upper estimate of the error of the projector; over 1e-2 the cut falls in a near tie.
         steps: Passes over dW.
         seconds: Wall time, in seconds.
+
+    Example:
+        >>> from lox_hf import TensorReport
+        >>> report = TensorReport("lm_head.weight", (100, 64), "bfloat16", 1.25, 6, "lanczos", energy_share=0.5)
+        >>> TensorReport.from_json(report.to_json()).rank
+        6
     """
 
     name: str
@@ -85,6 +93,11 @@ class ModelReference(JsonRecord):
     Attributes:
         name_or_path: Hub id, folder, or a description of a model in memory.
         revision: Commit hash on the Hub; None for folders and models in memory.
+
+    Example:
+        >>> from lox_hf import ModelReference
+        >>> ModelReference("meta-llama/Llama-2-7b-hf", "01c7f73").to_dict()
+        {'name_or_path': 'meta-llama/Llama-2-7b-hf', 'revision': '01c7f73'}
     """
 
     name_or_path: str
@@ -103,6 +116,11 @@ class TensorPlan(JsonRecord):
         alpha: Strength; 0.0 where the tensor is copied.
         edit: Whether the tensor is extrapolated; otherwise it is copied as it is.
         reason: Why, in words.
+
+    Example:
+        >>> from lox_hf import TensorPlan
+        >>> TensorPlan("model.norm.weight", (64,), "bfloat16", None, 0.0, False, "fewer than two dims").edit
+        False
     """
 
     name: str
@@ -112,6 +130,11 @@ class TensorPlan(JsonRecord):
     alpha: float
     edit: bool
     reason: str
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Build the record; lists become tuples again."""
+        return super().from_dict({**data, "shape": tuple(data["shape"])})
 
 
 @dataclass(frozen=True)
@@ -127,6 +150,11 @@ class HardeningPlan(JsonRecord):
         files: Files besides the weights that will be copied.
         left_out: Files that will not be copied, as they hold weights in another form.
         warnings: What a reader should know.
+
+    Example:
+        >>> from lox_hf import plan_hardening
+        >>> len(plan_hardening("org/aligned", LoxConfig("org/base")).edited)  # doctest: +SKIP
+        226
     """
 
     aligned: ModelReference
@@ -143,6 +171,19 @@ class HardeningPlan(JsonRecord):
         """The tensors that will be extrapolated."""
         return tuple(tensor for tensor in self.tensors if tensor.edit)
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Build the plan with its nested records."""
+        return super().from_dict(
+            {
+                **data,
+                "aligned": ModelReference.from_dict(data["aligned"]),
+                "base": ModelReference.from_dict(data["base"]) if data.get("base") else None,
+                "tensors": tuple(TensorPlan.from_dict(item) for item in data["tensors"]),
+                **{name: tuple(data.get(name, ())) for name in ("files", "left_out", "warnings")},
+            }
+        )
+
 
 @dataclass(frozen=True)
 class HardeningReport(JsonRecord):
@@ -158,6 +199,12 @@ class HardeningReport(JsonRecord):
         seconds: Wall time, in seconds.
         versions: Versions of lox_hf, torch and Python.
         warnings: What a reader should know.
+
+    Example:
+        >>> from lox_hf import HardeningReport
+        >>> report = HardeningReport.from_json(open("hardened/lox_report.json").read())  # doctest: +SKIP
+        >>> min(report.tensors, key=lambda item: item.gap).name  # doctest: +SKIP
+        'model.layers.0.self_attn.k_proj.weight'
     """
 
     aligned: ModelReference

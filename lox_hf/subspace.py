@@ -32,7 +32,7 @@ from lox_hf.records import REPORT_NAME, HardeningReport, TensorPlan, TensorRepor
 from lox_hf.version import versions
 from lox_hf.weights.selection import matrix_shape
 from lox_hf.weights.source import WeightSource, listing
-from lox_hf.weights.writer import FolderWriter
+from lox_hf.weights.writer import FolderWriter, output_errors
 
 SUBSPACE_NAME = "lox_subspace.safetensors"
 
@@ -95,7 +95,13 @@ class SafetySubspace:
             NumericsError: If a matrix contains NaN or Inf; it is named.
         """
         pair = open_pair(
-            aligned, base, config, revision=revision, token=token, trust_remote_code=trust_remote_code, allow_repeat=True
+            aligned,
+            base,
+            config,
+            revision=revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+            allow_repeat=True,
         )
         return cls.from_pair(pair, progressbar=progressbar)
 
@@ -107,7 +113,9 @@ class SafetySubspace:
         edited = [plan for plan in pair.plans if plan.edit]
         full = [plan.name for plan in edited if plan.r is None]
         if full:
-            raise ConfigError(f"The full rank (r=None) has no low-rank directions: {listing(full, 5)} Give r a number.")
+            raise ConfigError(
+                f"The full rank (r=None) has no low-rank directions: {listing(full, 5)} Give r a number."
+            )
 
         def work(plan: TensorPlan) -> list[tuple[Decomposition, TensorReport]]:
             found = _find(plan, source.get(plan.name), pair.factors)
@@ -117,7 +125,11 @@ class SafetySubspace:
 
         size = source.infos()
         results = map_tensors(
-            work, edited, size_of=lambda plan: size[plan.name].size_bytes, progressbar=progressbar, description="Decomposing"
+            work,
+            edited,
+            size_of=lambda plan: size[plan.name].size_bytes,
+            progressbar=progressbar,
+            description="Decomposing",
         )
         found = [item for items in results for item in items]
         reports = tuple(report for _, report in found)
@@ -130,7 +142,7 @@ class SafetySubspace:
             copied=len(pair.plans) - len(edited),
             seconds=time.perf_counter() - started,
             versions=versions(),
-            warnings=report_warnings(reports),
+            warnings=report_warnings(reports, pair.plans),
         )
         return cls({item.name: directions.factors for directions, item in found}, pair.config, report)
 
@@ -167,7 +179,9 @@ class SafetySubspace:
                     name: LowRank(*(file.get_tensor(f"{name}.{part}") for part in ("U", "S", "Vh"))) for name in names
                 }
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f"'{pretrained_name_or_path}' does not hold a readable LoX subspace: {error}.") from error
+            raise CheckpointError(
+                f"'{pretrained_name_or_path}' does not hold a readable LoX subspace: {error}."
+            ) from error
         return cls(factors, config, report)
 
     def save_pretrained(self, save_directory: str | Path) -> Path:
@@ -190,13 +204,19 @@ class SafetySubspace:
         writer.check(sum(tensor.nbytes for tensor in tensors.values()), [])
         with writer:
             metadata = {"format": "pt", "matrices": json.dumps(list(self.factors))}
-            save_file(tensors, writer.partial / SUBSPACE_NAME, metadata=metadata)
+            with output_errors(writer.output):
+                save_file(tensors, writer.partial / SUBSPACE_NAME, metadata=metadata)
             writer.write(CONFIG_NAME, self.config.to_json().encode())
             writer.write(REPORT_NAME, self.report.to_json().encode())
             return writer.publish()
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, commit_message: str | None = None
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
     ) -> str:
         """Upload the three files to a Hub model repository, which is made if needed, in one commit.
 

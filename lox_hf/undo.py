@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lox_hf.core.buffers import scratch
 from lox_hf.core.delta import Delta
 from lox_hf.core.lowrank import LowRank
 
@@ -42,10 +43,11 @@ class Undo:
     def write(self, part: slice, hardened: Tensor) -> None:
         """Put hardened rows in place and keep what is needed to undo it."""
         target = self.matrix[part]
-        returned = self._back(part, hardened)
-        wrong = (_bits(returned) != _bits(target)).flatten().nonzero().squeeze(1)
+        mask = scratch("mask", target.shape, torch.bool, target.device)
+        torch.ne(_bits(self._back(part, hardened)), _bits(target), out=mask)
+        wrong = mask.flatten().nonzero().squeeze(1)
         if len(wrong):
-            self.corrections[part.start] = (wrong.to(torch.int32), target.flatten()[wrong])
+            self.corrections[part.start] = (wrong.to(torch.int32), target.reshape(-1)[wrong])
         self.written.append(part)
         self.aligned_sum += _checksum(target)
         self.hardened_sum += _checksum(hardened)
@@ -68,9 +70,9 @@ class Undo:
         return restored == self.aligned_sum
 
     def _back(self, part: slice, hardened: Tensor) -> Tensor:
-        work = hardened.to(torch.float32, copy=True)
+        work = scratch("back", hardened.shape, torch.float32, hardened.device).copy_(hardened)
         self.estimate(part, work)
-        return work.to(hardened.dtype)
+        return scratch("returned", hardened.shape, hardened.dtype, hardened.device).copy_(work)
 
 
 def subtract_low_rank(factors: LowRank, alpha: float) -> Estimate:
@@ -89,4 +91,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return int(_bits(tensor).sum(dtype=torch.int64))
+    """Sum of the bits in the widest integers that fit: eight bytes at a time where the size allows it."""
+    flat = tensor.contiguous().view(-1)
+    wide = flat.nbytes % 8 == 0 and flat.data_ptr() % 8 == 0
+    return int(flat.view(torch.int64 if wide else INTEGERS[flat.element_size()]).sum(dtype=torch.int64))

@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> None:
         return
     parameters = sum((item.shape[0] + item.shape[1]) * item.rank for item in report.tensors)
     print(
-        f"{sum(item.rank > 0 for item in report.tensors)} matrices, {parameters:,} parameters, in {report.seconds:.1f} s.\n"
+        f"{sum(item.rank > 0 for item in report.tensors)} matrices, {parameters:,} parameters, "
+        f"in {report.seconds:.1f} s.\n"
         f"The directions hold {report.energy_share:.1%} of the change alignment made.\n"
         f'Written to {output}: load it with PeftModel.from_pretrained(model, "{output}") on the aligned model.'
     )

@@ -36,22 +36,20 @@ def run(options: argparse.Namespace) -> None:
     options = merge_file(options)
     config = make_config(options)
     output = Path(options.output) if options.output else default_output(options.model, "lox")
-    from lox_hf.harden import harden_checkpoint, is_adapter_checkpoint, plan_hardening
+    from lox_hf.harden import harden_checkpoint, plan_hardening
 
     common = {
         "revision": options.model_revision,
         "trust_remote_code": bool(options.trust_remote_code),
         "allow_repeat": bool(options.allow_repeat),
     }
-    adapter = is_adapter_checkpoint(options.model, revision=options.model_revision)
-    if not adapter:
-        plan = plan_hardening(options.model, config, output_dir=output, **common)
-        base = plan.base.name_or_path if plan.base else "none"
-        if options.dry_run:
-            print(plan.to_json() if options.json else f"{describe(options, config, base, plan.base_found_in, output)}\n\n{plan_table(plan)}")
-            return
-        if not options.json:
-            print(describe(options, config, base, plan.base_found_in, output), flush=True)
+    plan = plan_hardening(options.model, config, output_dir=output, **common)
+    about = describe(options, config, plan, output)
+    if options.dry_run:
+        print(plan.to_json() if options.json else f"{about}\n\n{plan_table(plan)}")
+        return
+    if not options.json:
+        print(about, flush=True)
     report = harden_checkpoint(options.model, output, config, progressbar=False if options.json else None, **common)
     print(report.to_json() if options.json else f"\n{report_summary(report)}")
 
@@ -60,12 +58,19 @@ def plan_table(plan: "HardeningPlan") -> str:
     """The plan, a line per tensor."""
     width = max(len(tensor.name) for tensor in plan.tensors)
     rows = [
-        f"{tensor.name:<{width}}  {str(tensor.shape):<16}  {tensor.dtype:<9}  "
-        + (f"r {'full' if tensor.r is None else tensor.r}, alpha {tensor.alpha}" if tensor.edit else f"copied: {tensor.reason}")
+        f"{tensor.name:<{width}}  {tensor.shape!s:<16}  {tensor.dtype:<9}  "
+        + (
+            f"r {'full' if tensor.r is None else tensor.r}, alpha {tensor.alpha}"
+            if tensor.edit
+            else f"copied: {tensor.reason}"
+        )
         for tensor in plan.tensors
     ]
     edited = len(plan.edited)
-    rows.append(f"\n{edited} tensors to edit, {len(plan.tensors) - edited} to copy, {plan.total_bytes / 1e9:.3f} GB. Nothing was written.")
+    rows.append(
+        f"\n{edited} tensors to edit, {len(plan.tensors) - edited} to copy, {plan.total_bytes / 1e9:.3f} GB. "
+        "Nothing was written."
+    )
     return "\n".join(rows + [f"Not copied: {', '.join(plan.left_out)}"] * bool(plan.left_out))
 
 
@@ -76,8 +81,10 @@ def report_summary(report: "HardeningReport") -> str:
     lines = [
         f"{len(changed)} matrices hardened, {len(report.tensors) - len(changed) + report.copied} left as they were, "
         f"in {report.seconds:.1f} s.",
-        "The directions hold " + ("an unknown share" if math.isnan(share) else f"{share:.1%}") + " of the change alignment made.",
-        f"Written to {report.output}: load it with AutoModelForCausalLM.from_pretrained(\"{report.output}\").",
+        "The directions hold "
+        + ("an unknown share" if math.isnan(share) else f"{share:.1%}")
+        + " of the change alignment made.",
+        f'Written to {report.output}: load it with AutoModelForCausalLM.from_pretrained("{report.output}").',
         "LoX raises the cost of losing safety, it does not make a model safe: measure before you publish.",
     ]
     return "\n".join(lines + [f"Note: {text}" for text in report.warnings])

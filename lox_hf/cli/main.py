@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="lox-hf",
-        description="Harden safety-aligned language models against losing their safety in fine-tuning (LoX, COLM 2025).",
+        description="Harden safety-aligned language models against losing their safety in fine-tuning (LoX).",
         epilog="LoX raises the cost of losing safety, it does not make a model safe. Measure before you publish.",
     )
     parser.add_argument("--version", action="version", version=f"lox-hf {__version__}")

@@ -1,13 +1,16 @@
-"""Options that commands share. Those of `LoxConfig` are made from its fields and its docstring, so nothing is said twice."""
+"""Options that commands share; those of `LoxConfig` are made from its fields and its docstring."""
 
 import argparse
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lox_hf.config import ALL_LINEAR, LoxConfig
 from lox_hf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lox_hf.records import HardeningPlan
 
 RENAMED = {"base_model_name_or_path": "--base-model", "revision": "--base-revision"}
 SOURCES = {
@@ -25,8 +28,12 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-revision", metavar="REV", help="revision of the aligned model on the Hub")
     parser.add_argument("--output", metavar="DIR", help="folder to create (default: named after the model)")
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options; the command line wins")
-    parser.add_argument("--trust-remote-code", action="store_true", default=None, help="run code of the model's repository")
-    parser.add_argument("--allow-repeat", action="store_true", default=None, help="accept a model that is hardened already")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", default=None, help="run code of the model's repository"
+    )
+    parser.add_argument(
+        "--allow-repeat", action="store_true", default=None, help="accept a model that is hardened already"
+    )
     parser.add_argument("--json", action="store_true", default=None, help="print the record as JSON and nothing else")
 
 
@@ -41,8 +48,8 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, dest=field.name, action="store_true", default=None, help=text)
             continue
         default = "" if field.default in (None, MISSING) else f" (default: {field.default})"
-        several = {"nargs": "+"} if field.name.endswith(("_modules", "_pattern", "_transform")) else {}
-        group.add_argument(flag, dest=field.name, metavar="VALUE", help=text + default, **several)
+        several = "+" if field.name.endswith(("_modules", "_pattern", "_transform")) else None
+        group.add_argument(flag, dest=field.name, metavar="VALUE", help=text + default, nargs=several)
 
 
 def merge_file(options: argparse.Namespace) -> argparse.Namespace:
@@ -60,14 +67,18 @@ def merge_file(options: argparse.Namespace) -> argparse.Namespace:
     known = {key for key in vars(options) if key not in ("func", "config", "model_position")}
     names = {flag.removeprefix("--").replace("-", "_"): name for name, flag in RENAMED.items()}
     for key, value in _read_yaml(options.config).items():
-        name = names.get(key.replace("-", "_"), key.replace("-", "_"))
+        name = str(key).replace("-", "_")
+        name = names.get(name, name)
         if name not in known:
             raise ConfigError(f"{options.config} has an unknown key '{key}'; known are {sorted(known)}.")
         if getattr(options, name) is None:
-            setattr(options, name, value)
+            setattr(options, name, "full" if name == "r" and value is None else value)
     if options.model and options.model_position and options.model != options.model_position:
         raise ConfigError(f"Two models are named, '{options.model_position}' and '{options.model}': name one.")
     options.model = options.model or options.model_position
+    for name in ("model", "output", "model_revision"):  # YAML reads 7 as a number
+        if getattr(options, name) is not None:
+            setattr(options, name, str(getattr(options, name)))
     if not options.model:
         raise ConfigError("No model is named: lox-hf harden MODEL, where MODEL is a folder or a Hub id.")
     return options
@@ -89,17 +100,19 @@ def make_config(options: argparse.Namespace) -> LoxConfig:
     return LoxConfig(**{name: _value(name, value) for name, value in given.items() if value is not None})
 
 
-def describe(options: argparse.Namespace, config: LoxConfig, base: str, base_found_in: str, output: Path) -> str:
+def describe(options: argparse.Namespace, config: LoxConfig, plan: "HardeningPlan", output: Path) -> str:
     """Lines that say what will be done, and where each default comes from."""
 
     def setting(name: str, shown: object) -> str:
         return f"{shown}" if getattr(options, name) is not None else f"{shown} (default: {SOURCES[name]})"
 
-    from_file = "" if base_found_in in ("config", "base_model") else f" (named by {base_found_in} of the aligned model)"
+    base = plan.base.name_or_path if plan.base else "not needed: the adapter is the change alignment made"
+    if plan.base and plan.base_found_in != "config":
+        base += f" (named by {plan.base_found_in} of the aligned model)"
     named_output = "" if options.output else " (named after the aligned model)"
     rows = {
         "aligned": options.model,
-        "base": f"{base}{from_file}",
+        "base": base,
         "r": setting("r", "full rank" if config.r is None else config.r),
         "alpha": setting("alpha", config.alpha),
         "targets": setting("target_modules", config.target_modules or "all"),
@@ -193,7 +206,7 @@ def _layers(value: Any) -> list[int]:
     layers = []
     for word in _words(value):
         first, _, last = word.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        if not first.isdigit() or (last and not last.isdigit()) or int(last or first) < int(first):
             raise ConfigError(f"--layers-to-transform takes numbers and ranges such as 0,1,4-8, got '{word}'.")
         layers += range(int(first), int(last or first) + 1)
     return layers

@@ -24,7 +24,9 @@ def run(options: argparse.Namespace) -> None:
     config = make_config(options)
     output = Path(options.output) if options.output else default_output(options.model, "lox-subspace")
     from lox_hf.subspace import SafetySubspace
+    from lox_hf.weights.writer import FolderWriter
 
+    FolderWriter(output).check(0, [])  # before the work, and not only after it
     subspace = SafetySubspace.from_models(
         options.model,
         config=config,
@@ -40,5 +42,5 @@ def run(options: argparse.Namespace) -> None:
     print(
         f"{len(subspace.factors)} matrices decomposed in {report.seconds:.1f} s.\n"
         f"The directions hold {report.energy_share:.1%} of the change alignment made.\n"
-        f'Written to {output}: pass base_model=SafetySubspace.from_pretrained("{output}") to apply_lox or get_lox_model.'
+        f'Written to {output}: pass base_model=SafetySubspace.from_pretrained("{output}") to apply_lox.'
     )

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lox_hf.core.buffers import scratch
+
 TILE_ELEMENTS = 512 * 1024
 """Elements of a row tile: 2 MiB of float32, which stays in a core's cache between the two products that read it."""
 
@@ -19,8 +21,8 @@ def tile_slices(rows: int, columns: int, tile_elements: int = TILE_ELEMENTS) -> 
 class Delta:
     """dW = W_aligned - W_base of one matrix (paper, section 3), read tile by tile.
 
-    Both sides are upcast to float32 before they are subtracted, so the difference of two bfloat16 or float16 numbers is
-    exact up to float32's own rounding. One tile buffer is reused: a tile is valid until the next one is taken.
+    Both sides are upcast to float32 before they are subtracted, so the difference of two bfloat16 or float16 numbers
+    is exact up to float32's own rounding. One tile buffer is reused: a tile is valid until the next one is taken.
 
     Args:
         aligned: (m, n), any floating dtype; read, never written.
@@ -52,17 +54,13 @@ class Delta:
         return Delta(self.aligned, self.base, cast_base=self.cast_base, found=(left, right))
 
     def sample(self, every: int) -> "Delta":
-        """Return dW with one tile of rows in `every`: a cheap look at the whole."""
-        parts = list(tile_slices(*self.shape))[::every]
-        return self.restrict(torch.cat([torch.arange(part.start, part.stop, device=self.device) for part in parts]))
+        """Return dW with one row in `every`: a cheap look at the whole."""
+        return Delta(self.aligned[::every], self.base[::every], cast_base=self.cast_base, found=self._sampled(every))
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (rows, float32 tile) pairs from top to bottom."""
-        buffer: Tensor | None = None
         for part in tile_slices(*self.shape):
-            if buffer is None:
-                buffer = torch.empty((part.stop, self.shape[1]), dtype=torch.float32, device=self.device)
-            tile = buffer[: part.stop - part.start]
+            tile = scratch("delta", (part.stop - part.start, self.shape[1]), torch.float32, self.device)
             tile.copy_(self._pick(self.aligned, part)).sub_(self.base_rows(part))
             if self.found is not None:
                 tile.addmm_(self._pick(self.found[0], part), self.found[1], alpha=-1)
@@ -79,6 +77,9 @@ class Delta:
         for part, tile in self.tiles():
             result[part] = tile
         return result
+
+    def _sampled(self, every: int) -> tuple[Tensor, Tensor] | None:
+        return None if self.found is None else (self.found[0][::every], self.found[1])
 
     def _pick(self, matrix: Tensor, part: slice) -> Tensor:
         return matrix[part] if self.rows is None else matrix.index_select(0, self.rows[part])

@@ -1,14 +1,16 @@
 """The one equation: W_LoX = W_aligned + alpha * Proj_k(W_aligned - W_base).
 
-Every path (memory, disk, adapter, callback) comes through here. Dtype policy: upcast to float32, compute, round once to
-the stored dtype.
+Every path (memory, disk, adapter) comes through here. Dtype policy: upcast to float32, compute, round once to the
+stored dtype.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from lox_hf.core.buffers import scratch
 from lox_hf.core.delta import Delta, tile_slices
 from lox_hf.core.lowrank import LowRank
 from lox_hf.errors import NumericsError
@@ -64,15 +66,19 @@ def extrapolate_full(aligned: Tensor, delta: Delta, alpha: float, sink: Sink) ->
 
 
 def _write(aligned: Tensor, add: Callable[[slice, Tensor], object], sink: Sink) -> None:
-    work: Tensor | None = None
     for part in tile_slices(*aligned.shape):
         rows = aligned[part]
-        if work is None:
-            work = torch.empty(rows.shape, dtype=torch.float32, device=aligned.device)
-            stored = torch.empty(rows.shape, dtype=aligned.dtype, device=aligned.device)
-        tile = work[: len(rows)].copy_(rows)
+        tile = scratch("sum", rows.shape, torch.float32, rows.device).copy_(rows)
         add(part, tile)
-        result = stored[: len(rows)].copy_(tile)
-        if not result.abs().amax().isfinite():
-            raise NumericsError(f"the result overflows {str(aligned.dtype).removeprefix('torch.')}: alpha is too large")
-        sink(part, result)
+        _check_range(tile, aligned.dtype)
+        sink(part, scratch("rounded", rows.shape, aligned.dtype, rows.device).copy_(tile))
+
+
+def _check_range(tile: Tensor, dtype: torch.dtype) -> None:
+    """Refuse what would become Inf; a finite sum of a tile says that all of it is finite, at a third of the cost."""
+    largest = max(map(abs, torch.stack(torch.aminmax(tile)).tolist())) if dtype == torch.float16 else 0.0
+    if largest > torch.finfo(dtype).max or not math.isfinite(tile.sum()):
+        name = str(dtype).removeprefix("torch.")
+        raise NumericsError(
+            f"the result overflows {name}, or the weight contains NaN or Inf; lower alpha, or check it"
+        )

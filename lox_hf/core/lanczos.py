@@ -20,9 +20,9 @@ SAMPLE_EVERY = 8
 SAMPLE_STEPS = 3
 SAMPLE_MIN_ELEMENTS = 4 * 2**20
 """In matrices from this size on, a few steps on an eighth of the rows aim the start block and save two full passes."""
-BASIS_BUDGET_BYTES = 12 * 2**20
+BASIS_BUDGET_BYTES = 8 * 2**20
 """Size at which the Krylov basis is restarted: it bounds the memory, whatever the width of the matrix."""
-LEFT_BUDGET_BYTES = 16 * 2**20
+LEFT_BUDGET_BYTES = 8 * 2**20
 """Products dW Q are kept up to this size, which saves a pass over dW; vocabulary-sized ones are formed again."""
 DYNAMIC_RANGE = 0.02
 """Directions with s_i below this share of s_1 are left to a next run on the deflated dW: the recurrence squares the
@@ -43,7 +43,7 @@ class Triplets:
         vh: (k, n) float32, orthonormal rows.
         energy: ||dW||_F^2.
         next_s: Estimate of s_(k+1) from below; 0 where the space was exhausted.
-        residual: sqrt(sum_i ||dW^T u_i - s_i v_i||^2) / sqrt(sum_i s_i^2) over the k triplets.
+        residual: Bound on sqrt(sum_i ||dW^T u_i - s_i v_i||^2) / sqrt(sum_i s_i^2), and on that of dW v_i - s_i u_i.
         steps: Passes over dW.
         converged: Whether the residual is below the tolerance.
     """
@@ -92,6 +92,16 @@ def block_lanczos(
     return _Recurrence(delta, k, start).run(tol, negligible, max_steps)
 
 
+@dataclass(frozen=True)
+class _Ritz:
+    """Approximate eigenvectors of dW^T dW in the basis, with the residual of all wanted ones and of the worst."""
+
+    vectors: Tensor
+    next_s: float
+    residual: float
+    worst: float
+
+
 class _Recurrence:
     """The Krylov basis Q (its vectors are rows), the projection H = Q dW^T dW Q^T, and the products dW Q^T."""
 
@@ -113,17 +123,14 @@ class _Recurrence:
             remainder = self._multiply()
             if self.energy <= negligible:
                 return self._nothing()
-            values, vectors = torch.linalg.eigh(self.projected)
-            values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-            values, vectors, following = self._wanted(values, vectors)
-            residual, worst = self._residuals(remainder, values, vectors)
-            converged = residual < tol and worst < DIRECTION_TOLERANCE * tol
+            ritz = self._ritz(remainder)
+            converged = ritz.residual < tol and ritz.worst < DIRECTION_TOLERANCE * tol
             if converged or step == max_steps:
                 break
             if self.size == self.capacity:
                 self._restart()
             self._append(remainder)
-        return self._triplets(values, vectors, following, residual, step, converged)
+        return self._triplets(ritz, remainder, step, converged)
 
     def _multiply(self) -> Tensor:
         """Apply dW^T dW to the newest block, extend H, and return the part of the product outside the basis."""
@@ -182,17 +189,15 @@ class _Recurrence:
             self.delta = self.delta.restrict(changed)
             self.left = [self.left[0][changed]] if self.left else None
 
-    def _wanted(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, float]:
-        """The top k Ritz pairs within the dynamic range, and the singular value that follows them."""
+    def _ritz(self, remainder: Tensor) -> "_Ritz":
+        """The top k Ritz pairs within the dynamic range, and their residuals: only the newest block leaks out."""
+        values, vectors = torch.linalg.eigh(self.projected)
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
         count = min(self.k, int((values >= DYNAMIC_RANGE**2 * values[0]).sum()))
-        following = values[count].sqrt().item() if count < len(values) else 0.0
-        return values[:count], vectors[:, :count], following
-
-    def _residuals(self, remainder: Tensor, values: Tensor, vectors: Tensor) -> tuple[float, float]:
-        """Residual over the wanted triplets and of the worst one; only the newest block leaks out of the basis."""
-        newest = vectors[-self.block :].float()
-        leak = (newest.T @ remainder).norm(dim=1).double() / values.sqrt()
-        return (leak.norm() / values.sqrt().norm()).item(), (leak / values.sqrt()).max().item()
+        next_s = values[count].sqrt().item() if count < len(values) else 0.0
+        s, vectors = values[:count].sqrt(), vectors[:, :count]
+        leak = (vectors[-self.block :].float().T @ remainder).norm(dim=1).double() / s
+        return _Ritz(vectors, next_s, (leak.norm() / s.norm()).item(), (leak / s).max().item())
 
     def _restart(self) -> None:
         """Shrink the basis to its best half; the recurrence goes on from there as if nothing had happened."""
@@ -213,17 +218,23 @@ class _Recurrence:
         self.basis[self.size : self.size + self.block] = block
         self.size += self.block
 
-    def _triplets(
-        self, values: Tensor, vectors: Tensor, following: float, residual: float, steps: int, converged: bool
-    ) -> Triplets:
-        vh = orthonormal_rows(vectors.T.float() @ self.basis[: self.size])
-        image = self._image(vh, vectors.float())
-        s = image.norm(dim=0)
-        u = self._all_rows(image / s)
-        return Triplets(u, s, vh, self.energy, following, residual, steps, converged)
+    def _triplets(self, ritz: "_Ritz", remainder: Tensor, steps: int, converged: bool) -> Triplets:
+        """U from dW V, then Vh anew from U^T dW = (dW^T dW V)^T: half a step that costs no pass and sharpens V."""
+        vectors = ritz.vectors.float()
+        image = self._image(vectors)
+        product = (self.projected @ ritz.vectors).float().T @ self.basis[: self.size]
+        product.addmm_(vectors[-self.block :].T, remainder)
+        q, core = torch.linalg.qr(image.double())
+        rows = torch.linalg.solve_triangular(core.T, product.double(), upper=False)
+        p, s, vh = torch.linalg.svd(rows, full_matrices=False)
+        u = self._all_rows((q @ p).float())
+        return Triplets(u, s.float(), vh.float(), self.energy, ritz.next_s, ritz.residual, steps, converged)
 
     def _nothing(self) -> Triplets:
-        u, s, vh = (torch.zeros(shape, device=self.basis.device) for shape in ((len(self.delta.aligned), 0), 0, (0, self.basis.shape[1])))
+        u, s, vh = (
+            torch.zeros(shape, device=self.basis.device)
+            for shape in ((len(self.delta.aligned), 0), 0, (0, self.basis.shape[1]))
+        )
         return Triplets(u, s, vh, self.energy, 0.0, 0.0, 1, True)
 
     def _all_rows(self, u: Tensor) -> Tensor:
@@ -233,12 +244,12 @@ class _Recurrence:
         whole = torch.zeros((len(self.delta.aligned), u.shape[1]), device=u.device)
         return whole.index_copy_(0, self.delta.rows, u)
 
-    def _image(self, vh: Tensor, vectors: Tensor) -> Tensor:
+    def _image(self, vectors: Tensor) -> Tensor:
         """dW V: from the products kept along the way, or by one more pass over dW."""
         if self.left is not None:
             return self._combine(self.left, vectors)
-        image = torch.empty((self.delta.shape[0], len(vh)), device=vh.device)
-        right = vh.T.contiguous()
+        right = (vectors.T @ self.basis[: self.size]).T.contiguous()
+        image = torch.empty((self.delta.shape[0], right.shape[1]), device=right.device)
         for part, tile in self.delta.tiles():
             torch.mm(tile, right, out=image[part])
         return image

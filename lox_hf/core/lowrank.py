@@ -214,7 +214,9 @@ def _iterative(delta: Delta, k: int, *, tol: float, seed: int) -> Decomposition 
     if not found.converged:
         return None
     residual = max(first.residual, found.residual)
-    return Decomposition(factors, first.energy, found.next_s, residual, steps, "lanczos" if first.energy > 0 else "zero")
+    return Decomposition(
+        factors, first.energy, found.next_s, residual, steps, "lanczos" if first.energy > 0 else "zero"
+    )
 
 
 def _join(head: LowRank, tail: Triplets) -> LowRank:

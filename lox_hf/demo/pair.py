@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from lox_hf.demo.training import Progress, Recipe, align, new_model, train_base
+from lox_hf.demo.training import Progress, Recipe, align, new_model, one_thread, train_base
 from lox_hf.demo.world import build_tokenizer
 from lox_hf.errors import OutputError
 from lox_hf.version import __version__
@@ -57,7 +57,7 @@ def trained_pair(
     folder = seed_folder(seed, directory)
     _claim(folder, seed, recipe)
     base, aligned = folder / "base", folder / "aligned"
-    with quiet_transformers():
+    with one_thread(), quiet_transformers():
         if not base.exists():
             tokenizer = build_tokenizer()
             model = new_model(tokenizer, seed)

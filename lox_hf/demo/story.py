@@ -14,7 +14,7 @@ from lox_hf.apply import apply_lox
 from lox_hf.config import LoxConfig
 from lox_hf.demo.measure import Scores, score
 from lox_hf.demo.pair import discard, load, quiet_transformers, trained_pair
-from lox_hf.demo.training import Progress, Recipe
+from lox_hf.demo.training import Progress, Recipe, one_thread
 from lox_hf.errors import LoxError
 from lox_hf.harden import harden_checkpoint
 from lox_hf.records import JsonRecord
@@ -171,4 +171,5 @@ def _largest_difference(one: nn.Module, other: nn.Module) -> float:
 
 def _measure(name: str, folder: Path) -> ModelResult:
     model, tokenizer = load(folder)
-    return ModelResult(name, str(folder), score(model, tokenizer))
+    with one_thread():
+        return ModelResult(name, str(folder), score(model, tokenizer))

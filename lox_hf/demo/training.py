@@ -1,7 +1,8 @@
 """The small pair, trained on the spot: a base model that answers everything, and the aligned model made from it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 
@@ -29,6 +30,17 @@ class Recipe:
     alignment_steps: int = 80
     alignment_lr: float = 2e-4
     batch_size: int = 32
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: these matrices are too small to share, and results then do not depend on the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:

@@ -13,7 +13,19 @@ from lox_hf.weights.source import ADAPTER_CONFIG, INDEX_NAME, listing, read_json
 
 MODEL_CONFIG = "config.json"
 CARD = "README.md"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite", ".ot")
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".tflite",
+    ".ot",
+)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -55,7 +67,9 @@ def named_base(folder: Path) -> tuple[str, str] | None:
     named = _card_metadata(folder).get("base_model")
     names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
     if len(names) > 1:
-        raise ConfigError(f"The card of {folder} names several bases, {names}: say which one with base_model_name_or_path.")
+        raise ConfigError(
+            f"The card of {folder} names several bases, {names}: say which one with base_model_name_or_path."
+        )
     return (str(names[0]), CARD) if names else None
 
 
@@ -134,7 +148,9 @@ def _card_metadata(folder: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(found.group(1)) if found else {}
     except yaml.YAMLError as error:
-        raise CheckpointError(f"The metadata of {path} is not YAML: {listing([str(error).splitlines()[0]])}") from error
+        raise CheckpointError(
+            f"The metadata of {path} is not YAML: {listing([str(error).splitlines()[0]])}"
+        ) from error
     return data if isinstance(data, dict) else {}
 
 

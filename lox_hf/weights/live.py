@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def as_checkpoint(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Te
     from transformers.core_model_loading import revert_weight_conversion
 
     with _KeepViews(), torch.no_grad():
-        return revert_weight_conversion(model, state)
+        return revert_weight_conversion(cast("Any", model), state)
 
 
 def check_plain(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -81,19 +81,20 @@ def check_plain(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     scheme = _quantisation(model) or next((type(t).__name__ for t in state.values() if _is_quantised(t)), None)
     if scheme:
         raise UnsupportedModelError(
-            f"{name} is quantised ({scheme}); its numbers are codes, not weights. Use get_lox_model for a LoX adapter on "
-            "top of it, or model.dequantize() first."
+            f"{name} is quantised ({scheme}); its numbers are codes, not weights. Put LoX on top with "
+            "get_lox_model(model, config, aligned_model=FULL_PRECISION_FILES), or call model.dequantize() first."
         )
     meta = [key for key, tensor in state.items() if tensor.is_meta]
     if meta:
         raise UnsupportedModelError(
-            f"{name} has {len(meta)} weights on the meta device (not loaded, or offloaded to disk): {listing(meta, 5)} "
+            f"{name} has {len(meta)} weights on the meta device (not loaded, or offloaded): {listing(meta, 5)} "
             "Load the model into memory, or harden its files with harden_checkpoint."
         )
     sharded = sorted({type(t).__name__ for t in state.values() if type(t).__name__ == "DTensor"})
     if sharded or any(hasattr(tensor, "ds_id") for tensor in model.parameters()):
         raise UnsupportedModelError(
-            f"{name} is sharded over processes ({', '.join(sharded) or 'DeepSpeed ZeRO-3'}). Harden its files with harden_checkpoint."
+            f"{name} is sharded over processes ({', '.join(sharded) or 'DeepSpeed ZeRO-3'}). "
+            "Harden its files with harden_checkpoint."
         )
 
 
@@ -114,12 +115,18 @@ def linear_modules(model: nn.Module) -> set[str]:
     """
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
     linear = {
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     }
     return {
-        stored.removesuffix(".weight") for live, names in checkpoint_names(model).items() if live in linear for stored in names
+        stored.removesuffix(".weight")
+        for live, names in checkpoint_names(model).items()
+        if live in linear
+        for stored in names
     }
 
 
@@ -175,4 +182,5 @@ def _quantisation(model: nn.Module) -> str | None:
 
 def _is_quantised(tensor: Tensor) -> bool:
     module = type(tensor).__module__
-    return module.startswith(("bitsandbytes", "torchao", "hqq", "quanto")) or tensor.is_quantized
+    # Torch's own quantised layers keep packed weights, which are no tensors.
+    return module.startswith(("bitsandbytes", "torchao", "hqq", "quanto")) or getattr(tensor, "is_quantized", True)

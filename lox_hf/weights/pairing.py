@@ -1,6 +1,7 @@
 """Aligned with base by name; every mismatch is reported at once, with its remedy."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 
 from lox_hf.config import LoxConfig
 from lox_hf.errors import PairingError
@@ -25,7 +26,12 @@ def check_pairs(aligned: WeightSource, base: WeightSource, plans: list[TensorPla
         PairingError: If tensors are missing, extra, or of another shape or dtype; all are listed.
     """
     ours, theirs = aligned.infos(), base.infos()
-    problems = [problem for plan in plans for problem in _problems(plan, ours[plan.name], theirs.get(plan.name), config)]
+    tables = [module_name(plan.name).rpartition(".")[2] for plan in plans if _is_resized(plan, ours, theirs)]
+    problems = [
+        problem
+        for plan in plans
+        for problem in _problems(plan, ours[plan.name], theirs.get(plan.name), config, tables)
+    ]
     problems += [
         f"{name}: {info.shape}, only in base"
         for name, info in theirs.items()
@@ -33,16 +39,24 @@ def check_pairs(aligned: WeightSource, base: WeightSource, plans: list[TensorPla
     ]
     if not problems:
         return
-    remedy = "" if any(name in theirs for name in ours) else " No tensor name is shared: these are different architectures."
-    raise PairingError(f"Cannot pair {aligned.label} with {base.label}: {len(problems)} tensors differ. {listing(problems)}{remedy}")
+    remedy = (
+        "" if any(name in theirs for name in ours) else " No tensor name is shared: these are different architectures."
+    )
+    raise PairingError(
+        f"Cannot pair {aligned.label} with {base.label}: {len(problems)} tensors differ. {listing(problems)}{remedy}"
+    )
 
 
-def _problems(plan: TensorPlan, ours: TensorInfo, theirs: TensorInfo | None, config: LoxConfig) -> Iterable[str]:
+def _problems(
+    plan: TensorPlan, ours: TensorInfo, theirs: TensorInfo | None, config: LoxConfig, tables: list[str]
+) -> Iterable[str]:
     if theirs is None:
         if plan.edit or (_is_floating(ours) and not _excused(plan.name, config)):
             yield f"{plan.name}: missing in base"
     elif plan.edit and ours.shape != theirs.shape:
-        yield f"{plan.name}: {ours.shape} against {theirs.shape}{_resize_remedy(plan.name, ours.shape, theirs.shape)}"
+        resized = module_name(plan.name).rpartition(".")[2] in tables
+        remedy = f" [resized vocabulary: pass exclude_modules={json.dumps(tables)}]" if resized else ""
+        yield f"{plan.name}: {ours.shape} against {theirs.shape}{remedy}"
     elif plan.edit and ours.stored != theirs.stored and not _castable(theirs, config):
         yield f"{plan.name}: {ours.stored} against {theirs.stored} [another dtype: {_dtype_remedy(theirs)}]"
 
@@ -64,11 +78,12 @@ def _castable(info: TensorInfo, config: LoxConfig) -> bool:
     return config.cast_base and _is_floating(info) and info.dtype is not None and info.dtype.itemsize >= 2
 
 
-def _resize_remedy(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
-    if len(ours) == len(theirs) == 2 and ours[1] == theirs[1] and ours[0] != theirs[0]:
-        leaf = module_name(name).rpartition(".")[2]
-        return f' [resized vocabulary: pass exclude_modules=["{leaf}"]]'
-    return ""
+def _is_resized(plan: TensorPlan, ours: Mapping[str, TensorInfo], theirs: Mapping[str, TensorInfo]) -> bool:
+    """Whether this is an embedding or head with another number of tokens: a matrix that belongs to no layer."""
+    if not plan.edit or plan.name not in theirs or any(part.isdigit() for part in plan.name.split(".")):
+        return False
+    here, there = ours[plan.name].shape, theirs[plan.name].shape
+    return len(here) == len(there) == 2 and here[1] == there[1] and here[0] != there[0]
 
 
 def _dtype_remedy(theirs: TensorInfo) -> str:

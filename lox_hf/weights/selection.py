@@ -1,4 +1,4 @@
-"""Which tensors are edited, at which rank and alpha, each with its reason; PEFT's matching rules on checkpoint names."""
+"""Which tensors are edited, at which rank and alpha, and why; PEFT's matching rules on checkpoint names."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,6 +13,8 @@ from lox_hf.weights.source import TensorInfo, listing
 
 EDITABLE = (torch.float32, torch.float16, torch.bfloat16)
 MIN_KERNEL_SIDE = 16
+TIED_HEAD = "lm_head"
+"""May be named although the checkpoint does not hold it: a head that is tied to the embedding has no tensor."""
 
 Value = TypeVar("Value")
 
@@ -91,7 +93,8 @@ def _decide(module: str, info: TensorInfo, config: LoxConfig, linear: frozenset[
             return False, "not a linear layer"
     elif config.target_modules is not None and not matches(config.target_modules, module):
         return False, "not a target"
-    if not _in_layers(module, config):
+    by_full_name = isinstance(config.target_modules, list) and module in config.target_modules
+    if not by_full_name and not _in_layers(module, config):  # as in PEFT, a full name needs no layer number
         return False, "not in layers_to_transform"
     return True, "all tensors with two or more dims" if config.target_modules is None else "target"
 
@@ -129,12 +132,8 @@ def get_pattern_value(patterns: Mapping[str, Value] | None, module: str, default
 def _check_patterns(infos: Mapping[str, TensorInfo], plans: list[TensorPlan], config: LoxConfig) -> None:
     modules = [module_name(name) for name in infos]
     matrices = [module_name(name) for name, info in infos.items() if len(info.shape) >= 2]
-    problems = []
-    for field in ("target_modules", "exclude_modules"):
-        value = getattr(config, field)
-        for pattern in [] if value in (None, ALL_LINEAR) else [value] if isinstance(value, str) else [[item] for item in value]:
-            if not any(matches(pattern, module) for module in modules):
-                problems.append(f"{field}: {pattern if isinstance(pattern, str) else pattern[0]!r} matches no module")
+    problems = _unmatched("target_modules", config.target_modules, modules)
+    problems += _unmatched("exclude_modules", config.exclude_modules, [*modules, TIED_HEAD])
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field) or {}:
             if not any(re.match(rf"(.*\.)?({key})$", module) for module in matrices):
@@ -142,7 +141,21 @@ def _check_patterns(infos: Mapping[str, TensorInfo], plans: list[TensorPlan], co
     if not problems and not any(plan.edit for plan in plans):
         problems.append("the settings together select no tensor")
     if problems:
-        raise ConfigError(f"Nothing to edit: {listing(problems)} Modules are named like {listing(matrices, 8)}")
+        raise ConfigError(
+            f"The settings do not fit the model: {listing(problems)} Modules are named like {listing(matrices, 8)}"
+        )
+
+
+def _unmatched(field: str, value: list[str] | str | None, modules: list[str]) -> list[str]:
+    """Problems of one field: a regular expression, or every name of a list, must match some module."""
+    if value is None or value == ALL_LINEAR:
+        return []
+    patterns: list[list[str] | str] = [value] if isinstance(value, str) else [[name] for name in value]
+    return [
+        f"{field}: {pattern if isinstance(pattern, str) else pattern[0]!r} matches no module"
+        for pattern in patterns
+        if not any(matches(pattern, module) for module in modules)
+    ]
 
 
 def _check_dtypes(infos: Mapping[str, TensorInfo], plans: list[TensorPlan]) -> None:
@@ -157,8 +170,10 @@ def _check_dtypes(infos: Mapping[str, TensorInfo], plans: list[TensorPlan]) -> N
 def _check_ranks(plans: list[TensorPlan], config: LoxConfig) -> None:
     """Refuse an `r` that is larger than every matrix, and one asked for by name that does not fit."""
     edited = [plan for plan in plans if plan.edit and isinstance(plan.r, int)]
-    over = [plan for plan in edited if plan.r > min(matrix_shape(plan.shape)[1:])]
-    by_name = [plan for plan in over if get_pattern_value(config.rank_pattern, module_name(plan.name), None) is not None]
+    over = [plan for plan in edited if (plan.r or 0) > min(matrix_shape(plan.shape)[1:])]
+    by_name = [
+        plan for plan in over if get_pattern_value(config.rank_pattern, module_name(plan.name), None) is not None
+    ]
     wrong = over if over and len(over) == len(edited) else by_name
     if wrong:
         raise ConfigError(

@@ -81,7 +81,11 @@ class CheckpointSource:
     def infos(self) -> Mapping[str, TensorInfo]:
         """Shape and dtype of every tensor, in file order."""
         return {
-            name: TensorInfo(shard.entries[name].shape, DTYPES.get(shard.entries[name].dtype), stored_name(shard.entries[name].dtype))
+            name: TensorInfo(
+                shard.entries[name].shape,
+                DTYPES.get(shard.entries[name].dtype),
+                stored_name(shard.entries[name].dtype),
+            )
             for name, shard in self._shard_of.items()
         }
 
@@ -106,7 +110,11 @@ class CheckpointSource:
             for name, shard in weight_map.items()
             if name not in self._shard_of or self._shard_of[name].path.name != shard
         ]
-        problems += [f"{name}: in {self._shard_of[name].path.name}, but not in the index" for name in self._shard_of if name not in weight_map]
+        problems += [
+            f"{name}: in {self._shard_of[name].path.name}, but not in the index"
+            for name in self._shard_of
+            if name not in weight_map
+        ]
         if problems:
             raise CheckpointError(
                 f"The index of {self.label} does not match its shards: {len(problems)} tensors differ. "
@@ -128,7 +136,10 @@ class DictSource:
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Shape and dtype of every tensor."""
-        return {name: TensorInfo(tuple(t.shape), t.dtype, str(t.dtype).removeprefix("torch.")) for name, t in self.tensors.items()}
+        return {
+            name: TensorInfo(tuple(t.shape), t.dtype, str(t.dtype).removeprefix("torch."))
+            for name, t in self.tensors.items()
+        }
 
     def get(self, name: str) -> Tensor:
         """Return the tensor itself."""
@@ -158,19 +169,24 @@ def shard_names(folder: Path, label: str) -> list[str]:
         return [WEIGHTS_NAME]
     if (folder / INDEX_NAME).is_file():
         weight_map = read_json(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"The index of {label}, {folder / INDEX_NAME}, has no weight_map.")
+        if not isinstance(weight_map, dict) or not {type(name) for name in weight_map.values()} == {str}:
+            raise CheckpointError(
+                f"The index of {label}, {folder / INDEX_NAME}, has no weight_map from tensors to files."
+            )
         names = sorted(set(weight_map.values()))
         outside = [name for name in names if Path(name).name != name]
         missing = [name for name in names if name not in outside and not (folder / name).is_file()]
         if outside or missing:
-            raise CheckpointError(f"The index of {label} names files that are not in {folder}: {listing(outside + missing)}")
+            raise CheckpointError(
+                f"The index of {label} names files that are not in {folder}: {listing(outside + missing)}"
+            )
         return names
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"{label} has pickle files only ({listing(pickles)}), which can run code when they are read. Convert it once: "
-            "load it with AutoModelForCausalLM.from_pretrained and save it with save_pretrained, which writes safetensors."
+            f"{label} has pickle files only ({listing(pickles)}), which can run code when they are read. Convert it "
+            "once: load it with AutoModelForCausalLM.from_pretrained and save it with save_pretrained, which writes "
+            "safetensors."
         )
     if (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{label} is a PEFT adapter; a full checkpoint is needed here.")

@@ -5,7 +5,12 @@ from torch import Tensor
 
 
 def pair(
-    shape: tuple[int, int], values: list[float], *, noise: float = 0.0, seed: int = 0, dtype: torch.dtype = torch.float32
+    shape: tuple[int, int],
+    values: list[float],
+    *,
+    noise: float = 0.0,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Aligned and base: weights of std 0.02, a change with these singular values, and noise on top."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from spectra import edge, exact, pair, projector_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectra import edge, exact, pair, projector_error
 
 from lox_hf.core import lanczos
 from lox_hf.core.delta import Delta
@@ -47,12 +47,11 @@ def test_residual_is_what_it_claims_and_below_the_tolerance(
     found = decompose(Delta(aligned, base), k, seed=seed)
     delta, factors = aligned.double() - base.double(), found.factors
     u, s, vh = factors.U.double(), factors.S.double(), factors.Vh.double()
-    residual = (delta.T @ u - vh.T * s).norm() / s.norm()
+    right = (delta.T @ u - vh.T * s).norm() / s.norm()
+    left = (delta @ vh.T - u * s).norm() / s.norm()
     assert found.residual <= 1e-4
-    assert residual <= 1.2e-4  # the certificate, and what float32 adds to it
-    assert (delta @ vh.T - u * s).norm() / s.norm() < 1e-5
-    # U = dW V / s is as orthogonal as V's error allows; V itself is orthonormal to float32
-    assert (vh @ vh.T - torch.eye(k)).abs().max() < 1e-5
+    assert max(left, right) <= found.residual + 1e-6  # the certificate, and what float32 adds to it
+    assert max((u.T @ u - torch.eye(k)).abs().max(), (vh @ vh.T - torch.eye(k)).abs().max()) < 1e-5
     assert abs(found.energy - delta.square().sum()) < 1e-5 * found.energy
 
 
@@ -97,7 +96,7 @@ def test_few_changed_rows_are_found_in_their_places(monkeypatch: pytest.MonkeyPa
     aligned, base = torch.zeros(2000, 128), torch.zeros(2000, 128)
     rows = torch.arange(7, 2000, 61)
     aligned[rows] = torch.randn(len(rows), 128, generator=torch.Generator().manual_seed(1))
-    u, s, _ = exact(aligned, base)
+    u, _, _ = exact(aligned, base)
     seen = []
     restrict = Delta.restrict
     monkeypatch.setattr(Delta, "restrict", lambda self, rows: seen.append(len(rows)) or restrict(self, rows))

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from spectra import exact, pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectra import exact, pair
 from torch import Tensor
 
 from lox_hf.core.delta import Delta

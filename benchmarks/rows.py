@@ -1,0 +1,276 @@
+"""The rows of the table: what each one runs, and how it is judged."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from measure import Child, clear_output, evict, run_job, warm
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `met` is None where the figure is information only."""
+
+    figure: str
+    target: str
+    measured: str
+    met: bool | None
+    correctness: bool = False
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Bench:
+    """What every row needs: the sizes, the settings, and results that several rows share."""
+
+    work_dir: Path
+    quick: bool
+    spectrum: str
+    wall_threads: int
+    cpu_threads: int
+    repeats: int
+    r: int = 6
+    alpha: float = 1.25
+    seed: int = 0
+
+    @cached_property
+    def small(self) -> dict[str, Any]:
+        """Return the folders of the 0.37 B pair (or its stand-in under --quick)."""
+        return self._pair("quick-small" if self.quick else "llama-0.37b", self.spectrum)
+
+    @cached_property
+    def large(self) -> dict[str, Any]:
+        """Return the folders of the 1.27 B pair (or its stand-in under --quick)."""
+        return self._pair("quick-large" if self.quick else "llama-1.27b", self.spectrum)
+
+    @cached_property
+    def exact(self) -> dict[str, Any]:
+        """Return the folders of a pair small enough for float64 SVDs, always with a signal and so with a gap."""
+        return self._pair("quick-exact" if self.quick else "llama-exact", "signal")
+
+    @cached_property
+    def small_runs(self) -> list[Child]:
+        """Harden the small pair from disk to disk, sampled; the last output stays."""
+        return [self.harden(self.small, "hardened-small", self.cpu_threads) for _ in range(self.repeats)]
+
+    @cached_property
+    def large_runs(self) -> list[Child]:
+        """Harden the large pair from disk to disk, sampled, from a warm page cache."""
+        warm(folders(self.large))
+        return [self.harden(self.large, "hardened-large", self.cpu_threads) for _ in range(self.repeats)]
+
+    def output(self, name: str) -> Path:
+        """Return an output folder's path, emptied, with the disk at rest."""
+        folder = self.work_dir / "outputs" / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        clear_output(folder)
+        return folder
+
+    def arguments(self, pair: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments that every hardening job takes."""
+        return {"aligned": pair["aligned"], "base": pair["base"], "r": self.r, "alpha": self.alpha}
+
+    def harden(self, pair: dict[str, Any], name: str, threads: int, sample: bool = True) -> Child:
+        """Run `harden_checkpoint` once in a process of its own."""
+        arguments = self.arguments(pair) | {"output": str(self.output(name))}
+        return run_job("jobs.py", "harden", arguments, threads, sample)
+
+    def _pair(self, size_name: str, spectrum: str) -> dict[str, Any]:
+        print(f"pair {size_name} ({spectrum})", file=sys.stderr)
+        folder = self.work_dir / f"{size_name}-{spectrum}"
+        arguments = {"size_name": size_name, "output": str(folder), "spectrum": spectrum, "seed": self.seed}
+        return run_job("checkpoints.py", "pair", arguments, self.cpu_threads).result
+
+
+def folders(pair: dict[str, Any]) -> list[Path]:
+    """Return the two folders of a pair."""
+    return [Path(pair["aligned"]), Path(pair["base"])]
+
+
+def projector(bench: Bench) -> Iterator[Row]:
+    """Judge the projectors of a decomposition against float64."""
+    arguments = {"r": bench.r, "seed": bench.seed, "quick": bench.quick}
+    result = run_job("accuracy.py", "projectors", arguments, bench.cpu_threads).result
+    error = result["max_error"]
+    figure = f"projector error against a float64 SVD, worst of {len(result['cases'])} matrices with a gap"
+    yield Row(figure, "at most 1e-4", f"{error:.1e}", error <= 1e-4, correctness=True, details=result)
+
+
+def entries(bench: Bench) -> Iterator[Row]:
+    """Judge every stored entry of a hardened checkpoint against the exact result."""
+    output = bench.output("hardened-exact")
+    common = bench.arguments(bench.exact)
+    run_job("jobs.py", "harden", common | {"output": str(output)}, bench.cpu_threads)
+    result = run_job("accuracy.py", "entries", common | {"hardened": str(output)}, bench.cpu_threads).result
+    met = result["differing_share"] <= 1e-3 and result["max_ulps"] <= 1
+    figure = f"stored entries that differ from the exact result, of {result['entries'] / 1e6:.1f} M"
+    yield Row(figure, "at most 1e-3, by one ulp", _difference(result), met, correctness=True, details=result)
+
+
+def cpu_small(bench: Bench) -> Iterator[Row]:
+    """Compare CPU-seconds of whole processes with the reference flow; compare the two outputs as well."""
+    ours = statistics.median(run.cpu_s for run in bench.small_runs)
+    output = bench.output("reference-small")
+    arguments = bench.arguments(bench.small) | {"output": str(output)}
+    theirs = run_job("reference.py", "harden", arguments, bench.cpu_threads, sample=True)
+    ratio = theirs.cpu_s / ours
+    details = {"ours": [_cost(run) for run in bench.small_runs], "reference": _cost(theirs)}
+    figure = f"{_count(bench.small)} pair, whole process, CPU-seconds, against the reference flow"
+    measured = f"{ratio:.1f}x less ({ours:.2f} s against {theirs.cpu_s:.1f} s)"
+    yield Row(figure, "at least 25x less", measured, ratio >= 25, details=details)
+    yield Row(
+        "  peak RSS and wall of the two",
+        "information",
+        f"{_mib(max(run.peak_rss_bytes for run in bench.small_runs))} and "
+        f"{statistics.median(run.wall_s for run in bench.small_runs):.1f} s, "
+        f"against {_mib(theirs.peak_rss_bytes)} and {theirs.wall_s:.1f} s",
+        None,
+    )
+    both = {"first": str(output.with_name("hardened-small")), "second": str(output)}
+    both["aligned"] = bench.small["aligned"]
+    result = run_job("accuracy.py", "folders", both, bench.cpu_threads).result
+    figure = "  entries that differ from the reference flow's output"
+    yield Row(figure, "information", _difference(result), None, details=result)
+    clear_output(output)
+
+
+def cpu_large(bench: Bench) -> Iterator[Row]:
+    """Compare CPU-seconds of work with full SVDs: one timed per distinct shape, times the number of that shape."""
+    imports = statistics.median(
+        run_job("jobs.py", "imports", {}, bench.cpu_threads).cpu_s for _ in range(bench.repeats)
+    )
+    whole = statistics.median(run.cpu_s for run in bench.large_runs)
+    dense = run_job("reference.py", "svds", bench.arguments(bench.large), bench.cpu_threads).result
+    ratio = dense["total_cpu_s"] / (whole - imports)
+    figure = f"{_count(bench.large)} in 7B layer shapes, CPU-seconds of work, against full SVDs (one a shape x count)"
+    measured = f"{ratio:.0f}x less ({whole - imports:.2f} s against {dense['total_cpu_s']:.0f} s)"
+    details = {"ours": [_cost(run) for run in bench.large_runs], "import_cpu_s": imports, "dense": dense}
+    yield Row(figure, "at least 150x less", measured, ratio >= 150, details=details)
+
+
+def memory(bench: Bench) -> Iterator[Row]:
+    """Judge peak anonymous memory, sampled, at both thread counts."""
+    both_cores = bench.harden(bench.large, "hardened-large", bench.wall_threads)
+    groups = {
+        f"{_count(bench.small)}, {bench.cpu_threads} thread": bench.small_runs,
+        f"{_count(bench.large)}, {bench.cpu_threads} thread": bench.large_runs,
+        f"{_count(bench.large)}, {bench.wall_threads} threads": [both_cores],
+    }
+    for name, runs in groups.items():
+        peak = max(run.peak_anonymous_bytes for run in runs)
+        rss = max(run.peak_rss_bytes for run in runs)
+        figure = f"peak anonymous memory of harden_checkpoint, {name} (sampled every 5 ms)"
+        measured = f"{_mib(peak)} (RSS with mapped files {_mib(rss)})"
+        yield Row(figure, "at most 220 MiB", measured, peak <= 220 * MIB, details={"runs": [_cost(r) for r in runs]})
+
+
+def wall(bench: Bench) -> Iterator[Row]:
+    """Compare wall time with a copy of the aligned folder plus a read of the base, both durable, A B A B.
+
+    Under --quick the caches are left alone: dropping them slows the whole machine down.
+    """
+    pair = bench.large
+    states: dict[str, Callable[[], object]] = {"warm": lambda: warm(folders(pair))}
+    if not bench.quick:
+        states["cold"] = lambda: evict(folders(pair))
+    for state, prepare in states.items():
+        ours, copies = [], []
+        for _ in range(bench.repeats):
+            copies.append(_copy(bench, pair, prepare, sync=True))
+            _rest(bench, prepare)
+            ours.append(bench.harden(pair, "hardened-large", bench.wall_threads, sample=False).wall_s)
+        ratios = [mine / copy for mine, copy in zip(ours, copies, strict=True)]
+        unsynced = _copy(bench, pair, prepare, sync=False)
+        ratio = statistics.median(ratios)
+        measured = (
+            f"{ratio:.2f}x ({statistics.median(ours):.1f} s against {statistics.median(copies):.1f} s; "
+            f"ratios {', '.join(f'{value:.2f}' for value in ratios)}; copy without fsync {unsynced:.1f} s)"
+        )
+        details = {"ours_s": ours, "copies_s": copies, "ratios": ratios, "copy_without_fsync_s": unsynced}
+        figure = f"{_count(pair)}, wall time, {bench.wall_threads} threads, {state} cache, against copy + read of base"
+        yield Row(figure, "at most 1.2x", measured, ratio <= 1.2, details=details)
+
+
+def apply_memory(bench: Bench) -> Iterator[Row]:
+    """Judge what `apply_lox` needs beyond the model's own memory."""
+    for pair in (bench.small,) if bench.quick else (bench.small, bench.large):
+        arguments = bench.arguments(pair) | {"subspace": None}
+        child = run_job("jobs.py", "apply", arguments, bench.cpu_threads, sample=True)
+        result = child.result
+        growth = child.peak_between(result["start_s"], result["end_s"]) - result["before_bytes"]
+        limit = max(result["model_bytes"] // 10, 2 * result["largest_tensor_bytes"])
+        figure = f"apply_lox on a loaded {_count(pair)} model: anonymous memory beyond the model (sampled every 5 ms)"
+        target = f"at most {_mib(limit)} (10 % of the model or two largest tensors)"
+        yield Row(figure, target, _mib(growth), growth <= limit, details={"growth_bytes": growth, **result})
+
+
+def new_alpha(bench: Bench) -> Iterator[Row]:
+    """Compare a second alpha from a saved subspace with decomposing again, on a loaded model."""
+    pair = bench.small
+    subspace = bench.output("subspace")
+    saving = {"aligned": pair["aligned"], "base": pair["base"], "output": str(subspace), "r": bench.r}
+    saved = run_job("jobs.py", "subspace", saving, bench.cpu_threads).result
+    common = {"aligned": pair["aligned"], "r": bench.r}
+    first = [_apply(bench, common | {"base": pair["base"], "subspace": None}, 1.25) for _ in range(bench.repeats)]
+    second = [_apply(bench, common | {"base": None, "subspace": str(subspace)}, 0.5) for _ in range(bench.repeats)]
+    before, after = (statistics.median(run["cpu_s"] for run in runs) for runs in (first, second))
+    details = {"decomposing": first, "from_subspace": second, **saved}
+    figure = f"another alpha from a saved subspace, {_count(pair)}: CPU-seconds of apply_lox against decomposing"
+    measured = f"{after / before:.3f} ({after:.2f} s against {before:.2f} s)"
+    yield Row(figure, "under 0.1", measured, after / before < 0.1, details=details)
+    calls = max(run["decompositions"] for run in second)
+    control = min(run["decompositions"] for run in first)
+    measured = f"{calls} (report: {', '.join(second[0]['methods'])}; decomposing from the base: {control})"
+    figure = "another alpha from a saved subspace: decompositions"
+    yield Row(figure, "none", measured, calls == 0 and control > 0, correctness=True)
+    clear_output(subspace)
+
+
+def record(row: Row) -> dict[str, Any]:
+    """Return a row as plain data."""
+    return asdict(row)
+
+
+def _apply(bench: Bench, arguments: dict[str, Any], alpha: float) -> dict[str, Any]:
+    return run_job("jobs.py", "apply", arguments | {"alpha": alpha}, bench.cpu_threads).result
+
+
+def _rest(bench: Bench, prepare: Callable[[], object]) -> None:
+    """Bring the checkpoint files into the wanted cache state, and the libraries into the page cache."""
+    for name in ("hardened-large", "copy"):
+        bench.output(name)
+    prepare()
+    run_job("jobs.py", "imports", {}, bench.wall_threads)
+
+
+def _copy(bench: Bench, pair: dict[str, Any], prepare: Callable[[], object], sync: bool) -> float:
+    _rest(bench, prepare)
+    output = bench.work_dir / "outputs" / "copy"
+    arguments = {"aligned": pair["aligned"], "base": pair["base"], "output": str(output), "sync": sync}
+    return run_job("reference.py", "copy", arguments, bench.wall_threads).wall_s
+
+
+def _cost(child: Child) -> dict[str, Any]:
+    return {key: value for key, value in asdict(child).items() if key != "samples"}
+
+
+def _count(pair: dict[str, Any]) -> str:
+    count = pair["parameters"]
+    return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.1f} M"
+
+
+def _difference(result: dict[str, Any]) -> str:
+    share, ulps, near_zero = (result[key] for key in ("differing_share", "max_ulps", "neighbours_exceeded"))
+    return f"{share:.1e}, at most {ulps:.2f} ulp ({near_zero} near zero by cancellation)"
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.0f} MiB"
