@@ -26,8 +26,11 @@ def harden(aligned: str, base: str, output: str, r: int, alpha: float) -> dict[s
     from lox_hf import LoxConfig, harden_checkpoint
 
     config = LoxConfig(base_model_name_or_path=base, r=r, alpha=alpha)
+    started = time.perf_counter()
     report = harden_checkpoint(aligned, output, config, progressbar=False)
-    return {"tensors": len(report.tensors), "max_steps": max(tensor.steps for tensor in report.tensors)}
+    call_s = time.perf_counter() - started
+    steps = max(tensor.steps for tensor in report.tensors)
+    return {"call_s": call_s, "tensors": len(report.tensors), "max_steps": steps}
 
 
 def save_subspace(aligned: str, base: str, output: str, r: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,11 @@ class Bench:
         return self._pair("quick-large" if self.quick else "llama-1.27b", self.spectrum)
 
     @cached_property
+    def strong(self) -> dict[str, Any]:
+        """Return the folders of the 1.27 B pair (or its stand-in) with a strong signal."""
+        return self._pair("quick-large" if self.quick else "llama-1.27b", "strong")
+
+    @cached_property
     def exact(self) -> dict[str, Any]:
         """Return the folders of a pair small enough for float64 SVDs, always with a signal and so with a gap."""
         return self._pair("quick-exact" if self.quick else "llama-exact", "signal")
@@ -64,8 +69,12 @@ class Bench:
     @cached_property
     def large_runs(self) -> list[Child]:
         """Harden the large pair from disk to disk, sampled, from a warm page cache."""
-        warm(folders(self.large))
-        return [self.harden(self.large, "hardened-large", self.cpu_threads) for _ in range(self.repeats)]
+        return self.warm_runs(self.large)
+
+    def warm_runs(self, pair: dict[str, Any]) -> list[Child]:
+        """Harden a pair from disk to disk, sampled, from a warm page cache."""
+        warm(folders(pair))
+        return [self.harden(pair, "hardened-large", self.cpu_threads) for _ in range(self.repeats)]
 
     def output(self, name: str) -> Path:
         """Return an output folder's path, emptied, with the disk at rest."""
@@ -147,13 +156,18 @@ def cpu_large(bench: Bench) -> Iterator[Row]:
     imports = statistics.median(
         run_job("jobs.py", "imports", {}, bench.cpu_threads).cpu_s for _ in range(bench.repeats)
     )
-    whole = statistics.median(run.cpu_s for run in bench.large_runs)
     dense = run_job("reference.py", "svds", bench.arguments(bench.large), bench.cpu_threads).result
-    ratio = dense["total_cpu_s"] / (whole - imports)
-    figure = f"{_count(bench.large)} in 7B layer shapes, CPU-seconds of work, against full SVDs (one a shape x count)"
-    measured = f"{ratio:.0f}x less ({whole - imports:.2f} s against {dense['total_cpu_s']:.0f} s)"
-    details = {"ours": [_cost(run) for run in bench.large_runs], "import_cpu_s": imports, "dense": dense}
-    yield Row(figure, "at least 150x less", measured, ratio >= 150, details=details)
+    for spectrum, runs in {bench.spectrum: bench.large_runs, "strong": bench.warm_runs(bench.strong)}.items():
+        whole = statistics.median(run.cpu_s for run in runs)
+        ratio = dense["total_cpu_s"] / (whole - imports)
+        steps = max(run.result["max_steps"] for run in runs)
+        figure = f"{_count(bench.large)} in 7B layer shapes ({spectrum}), CPU-seconds of work, against full SVDs"
+        measured = (
+            f"{ratio:.0f}x less ({whole - imports:.2f} s, up to {steps} passes, against {dense['total_cpu_s']:.0f} s: "
+            "one SVD a shape, times its count)"
+        )
+        details = {"ours": [_cost(run) for run in runs], "import_cpu_s": imports, "dense": dense}
+        yield Row(figure, "at least 150x less", measured, ratio >= 150, details=details)
 
 
 def memory(bench: Bench) -> Iterator[Row]:
@@ -177,26 +191,32 @@ def wall(bench: Bench) -> Iterator[Row]:
 
     Under --quick the caches are left alone: dropping them slows the whole machine down.
     """
-    pair = bench.large
-    states: dict[str, Callable[[], object]] = {"warm": lambda: warm(folders(pair))}
-    if not bench.quick:
-        states["cold"] = lambda: evict(folders(pair))
-    for state, prepare in states.items():
-        ours, copies = [], []
-        for _ in range(bench.repeats):
-            copies.append(_copy(bench, pair, prepare, sync=True))
-            _rest(bench, prepare)
-            ours.append(bench.harden(pair, "hardened-large", bench.wall_threads, sample=False).wall_s)
-        ratios = [mine / copy for mine, copy in zip(ours, copies, strict=True)]
-        unsynced = _copy(bench, pair, prepare, sync=False)
-        ratio = statistics.median(ratios)
-        measured = (
-            f"{ratio:.2f}x ({statistics.median(ours):.1f} s against {statistics.median(copies):.1f} s; "
-            f"ratios {', '.join(f'{value:.2f}' for value in ratios)}; copy without fsync {unsynced:.1f} s)"
-        )
-        details = {"ours_s": ours, "copies_s": copies, "ratios": ratios, "copy_without_fsync_s": unsynced}
-        figure = f"{_count(pair)}, wall time, {bench.wall_threads} threads, {state} cache, against copy + read of base"
-        yield Row(figure, "at most 1.2x", measured, ratio <= 1.2, details=details)
+    for spectrum, pair in {bench.spectrum: bench.large, "strong": bench.strong}.items():
+        yield _wall(bench, pair, spectrum, "warm", partial(warm, folders(pair)))
+        if not bench.quick:
+            yield _wall(bench, pair, spectrum, "cold", partial(evict, folders(pair)))
+
+
+def _wall(bench: Bench, pair: dict[str, Any], spectrum: str, state: str, prepare: Callable[[], object]) -> Row:
+    """Judge the call alone; a whole process also imports torch, which is shown beside it."""
+    ours, processes, copies = [], [], []
+    for _ in range(bench.repeats):
+        copies.append(_copy(bench, pair, prepare, sync=True))
+        _rest(bench, prepare)
+        run = bench.harden(pair, "hardened-large", bench.wall_threads, sample=False)
+        ours.append(run.result["call_s"])
+        processes.append(run.wall_s)
+    ratios = [mine / copy for mine, copy in zip(ours, copies, strict=True)]
+    unsynced = _copy(bench, pair, prepare, sync=False)
+    ratio = statistics.median(ratios)
+    measured = (
+        f"{ratio:.2f}x ({statistics.median(ours):.1f} s against {statistics.median(copies):.1f} s; "
+        f"ratios {', '.join(f'{value:.2f}' for value in ratios)}; whole process {statistics.median(processes):.1f} s; "
+        f"copy without fsync {unsynced:.1f} s)"
+    )
+    figure = f"{_count(pair)} ({spectrum}), wall of harden_checkpoint, {bench.wall_threads} threads, {state} cache"
+    details = {"ours_s": ours, "processes_s": processes, "copies_s": copies, "copy_without_fsync_s": unsynced}
+    return Row(f"{figure}, against copy + read of base", "at most 1.2x", measured, ratio <= 1.2, details=details)
 
 
 def apply_memory(bench: Bench) -> Iterator[Row]:
@@ -255,7 +275,7 @@ def _copy(bench: Bench, pair: dict[str, Any], prepare: Callable[[], object], syn
     _rest(bench, prepare)
     output = bench.work_dir / "outputs" / "copy"
     arguments = {"aligned": pair["aligned"], "base": pair["base"], "output": str(output), "sync": sync}
-    return run_job("reference.py", "copy", arguments, bench.wall_threads).wall_s
+    return run_job("reference.py", "copy", arguments, bench.wall_threads).result["call_s"]
 
 
 def _cost(child: Child) -> dict[str, Any]:

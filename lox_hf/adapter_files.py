@@ -16,7 +16,7 @@ from lox_hf.lora import LoraPair, check_plain_lora, harden_pair, plan_pairs
 from lox_hf.provenance import check_not_hardened
 from lox_hf.records import REPORT_NAME, HardeningPlan, HardeningReport, TensorReport
 from lox_hf.version import versions
-from lox_hf.weights.folder import side_files
+from lox_hf.weights.folder import MODEL_CONFIG, side_files
 from lox_hf.weights.selection import get_pattern_value
 from lox_hf.weights.source import ADAPTER_CONFIG, read_json
 from lox_hf.weights.writer import FolderWriter
@@ -175,6 +175,8 @@ def _publish(adapter: Resolved, tensors: dict[str, Tensor], report: HardeningRep
         for path in side_files(adapter.folder)[0]:
             if str(path) not in (CONFIG_NAME, REPORT_NAME):
                 writer.copy(adapter.folder / path, str(path))
+        if (adapter.folder / MODEL_CONFIG).is_file():
+            writer.copy(adapter.folder / MODEL_CONFIG, MODEL_CONFIG)
         writer.write(ADAPTER_WEIGHTS, weights)
         writer.write(CONFIG_NAME, (json.dumps(report.config, indent=2) + "\n").encode())
         writer.write(REPORT_NAME, report.to_json().encode())

@@ -241,6 +241,9 @@ def test_an_alpha_that_overflows_float16(r: int | None, tmp_path: Path) -> None:
     model = load(pair.aligned_dir)
     with model_kept(model), pytest.raises(NumericsError, match="overflows float16"):
         apply_lox(model, config_of(pair, r=r, alpha=1e10))
+    if r is not None:
+        with nothing_lost(tmp_path), pytest.raises(NumericsError, match="factors overflow float32"):
+            extract_lox_adapter(pair.aligned_dir, tmp_path / "out", config_of(pair, r=r, alpha=1e300))
     assert harden(pair, r=r, alpha=100.0)
 
 
@@ -412,3 +415,14 @@ def test_adapters_in_trouble(pair: zoo.Pair, tmp_path: Path) -> None:
     with nothing_lost(tmp_path), pytest.raises(AlreadyHardenedError):
         harden_checkpoint(tmp_path / "out", tmp_path / "twice", LoxConfig(r=2))
     assert not zoo.same_bits(load_file(tmp_path / "out/adapter_model.safetensors"), tensors)
+
+
+def test_a_negative_alpha_on_an_adapter_turns_it_round(pair: zoo.Pair, tmp_path: Path) -> None:
+    """The flag allows what is refused otherwise: dW + alpha dW = -dW with alpha = -2."""
+    adapter(pair, tmp_path / "adapter")
+    harden_checkpoint(tmp_path / "adapter", tmp_path / "out", LoxConfig(r=None, alpha=-2.0, allow_negative_alpha=True))
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "out"))
+    for b in [name for name in before if "lora_B" in name]:
+        a = b.replace("lora_B", "lora_A")
+        # Float32 factors: a few units in the last place of the largest entry.
+        torch.testing.assert_close(after[b] @ after[a], -(before[b] @ before[a]), rtol=1e-4, atol=1e-5)

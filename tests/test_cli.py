@@ -153,6 +153,7 @@ def test_a_subspace_that_loads(here: Path, run: Run) -> None:
 def test_an_aligned_adapter_needs_no_base(here: Path, run: Run) -> None:
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained("base"), lora).save_pretrained("lora")
+    shutil.copy("base/config.json", "lora")  # as trainers do
     before = contents(here)
     code, out, _ = run("harden", "lora", "--dry-run")
     assert code == 0 and contents(here) == before and "4 tensors to edit" in out
@@ -164,6 +165,7 @@ def test_an_aligned_adapter_needs_no_base(here: Path, run: Run) -> None:
     ours, theirs = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("lora-lox", "lora"))
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
     assert not zoo.same_bits(ours, theirs)
+    assert (here / "lora-lox" / "config.json").read_bytes() == (here / "base" / "config.json").read_bytes()
     assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "lora-lox").peft_config
 
 

@@ -9,7 +9,7 @@ import yaml
 from lox_hf.errors import CheckpointError, ConfigError, PairingError, UnsupportedModelError
 from lox_hf.hub_files import Resolved
 from lox_hf.provenance import STAMP
-from lox_hf.weights.source import ADAPTER_CONFIG, INDEX_NAME, listing, read_json
+from lox_hf.weights.source import ADAPTER_CONFIG, INDEX_NAME, WEIGHTS_NAME, listing, read_json
 
 MODEL_CONFIG = "config.json"
 CARD = "README.md"
@@ -29,8 +29,10 @@ WEIGHT_SUFFIXES = (
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder is a PEFT adapter and not a full checkpoint."""
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / MODEL_CONFIG).is_file()
+    """Whether the folder is a PEFT adapter and not a full checkpoint; trainers put a `config.json` beside both."""
+    return (folder / ADAPTER_CONFIG).is_file() and not any(
+        (folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)
+    )
 
 
 def model_config(folder: Path) -> dict[str, Any]:
