@@ -193,11 +193,14 @@ def _write_weights(
         file.write(shard.bytes(0, shard.header_bytes), 0)
         places |= {name: (file, entry.start) for name, entry in shard.entries.items()}
 
-    def work(plan: TensorPlan) -> list[TensorReport]:
-        file, start = places[plan.name]
+    def prepare(plan: TensorPlan) -> None:
         source.prefetch(plan.name)
         if plan.edit:
             pair.factors.prefetch(plan.name)
+
+    def work(plan: TensorPlan) -> list[TensorReport]:
+        file, start = places[plan.name]
+        if plan.edit:
             tensor = source.get(plan.name)
             reports = edit_tensor(plan, tensor, pair.factors, _file_sink(tensor, file, start))
             pair.factors.release(plan.name)
@@ -215,6 +218,7 @@ def _write_weights(
         num_workers=num_workers,
         progressbar=progressbar,
         description="Hardening",
+        prepare=prepare,
     )
     return tuple(report for reports in results for report in reports)
 

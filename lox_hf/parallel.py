@@ -22,6 +22,7 @@ def map_tensors(
     num_workers: int | None = None,
     progressbar: bool | None = None,
     description: str = "",
+    prepare: Callable[[Item], None] | None = None,
 ) -> list[Result]:
     """Run `work` on every item, the largest first so that the threads end together.
 
@@ -35,6 +36,7 @@ def map_tensors(
         num_workers: Threads; None takes torch's number of threads, or 1 for tensors on an accelerator.
         progressbar: Show a progress bar on standard error; None shows one on a terminal only.
         description: Text beside the bar.
+        prepare: Called with an item some time before its turn, to have its data on the way.
 
     Returns:
         Results in the order of `items`.
@@ -47,16 +49,24 @@ def map_tensors(
     stop = threading.Event()
     with _bar(sum(map(size_of, items)), progressbar, description) as advance, _kernel_threads(1):
 
-        def run(number: int) -> Result:
+        def announce(places: range) -> None:
+            for place in places if prepare is not None else ():
+                if place < len(order):
+                    prepare(items[order[place]])
+
+        def run(place: int) -> Result:
             if stop.is_set():
                 raise CancelledError
+            announce(range(place + workers, place + workers + 1))
+            number = order[place]
             result = work(items[number])
             _return_free_memory()
             advance(size_of(items[number]))
             return result
 
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = {number: pool.submit(run, number) for number in order}
+            announce(range(workers))
+            futures = {number: pool.submit(run, place) for place, number in enumerate(order)}
             try:
                 done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
             finally:

@@ -2,7 +2,9 @@
 
 import json
 import mmap
+import os
 import struct
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -68,11 +70,11 @@ class Shard:
         try:
             with safe_open(path, framework="pt"):  # the library checks header, offsets and length
                 pass
-            with path.open("rb") as file:
-                length = struct.unpack("<Q", file.read(8))[0]
-                self.header_bytes = 8 + length
-                header = json.loads(file.read(length))
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._fd = os.open(path, os.O_RDONLY)  # stays open for read-ahead
+            weakref.finalize(self, os.close, self._fd)
+            self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
+            self.header_bytes = 8 + struct.unpack("<Q", self._map[:8])[0]
+            header = json.loads(self._map[8 : self.header_bytes])
         except (SafetensorError, OSError, ValueError, struct.error) as error:
             raise CheckpointError(
                 f"Cannot read {path}: {error}. The file is missing, truncated or not safetensors; download it again."
@@ -108,15 +110,14 @@ class Shard:
         return memoryview(self._map)[start:stop]
 
     def prefetch(self, name: str) -> None:
-        """Ask the kernel to read a tensor's pages ahead."""
-        self._advise(name, mmap.MADV_WILLNEED)
+        """Ask the kernel to read a tensor's pages ahead; unlike madvise, this call lets other threads run."""
+        entry = self.entries[name]
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, entry.start, entry.stop - entry.start, os.POSIX_FADV_WILLNEED)
 
     def release(self, name: str) -> None:
         """Let go of a tensor's pages: they stay in the page cache but no longer count as this process's memory."""
-        self._advise(name, mmap.MADV_DONTNEED)
-
-    def _advise(self, name: str, advice: int) -> None:
         entry = self.entries[name]
         start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
         if entry.stop > start:
-            self._map.madvise(advice, start, entry.stop - start)
+            self._map.madvise(mmap.MADV_DONTNEED, start, entry.stop - start)
