@@ -76,7 +76,7 @@ def get_lox_model(
     if not allow_repeat:
         check_not_hardened(getattr(getattr(model, "config", None), STAMP, None), type(model).__name__)
     source = model if aligned_model is None else aligned_model
-    pair = open_pair(source, base_model, config, token=token, allow_repeat=True)
+    pair = open_pair(source, base_model, config, token=token, allow_repeat=allow_repeat)
     check_has_adapter_form(pair.plans)
     return _wrap(model, SafetySubspace.from_pair(pair, progressbar=progressbar), pair.plans, adapter_name)
 
@@ -176,13 +176,12 @@ def check_carries_lora(model: nn.Module, plans: list[TensorPlan]) -> dict[str, s
         UnsupportedModelError: If some are fused, convolutions, or not the weight of a linear or embedding layer.
     """
     live = {stored[0]: name for name, stored in checkpoint_names(model).items() if len(stored) == 1}
-    modules, wrong = {}, []
+    by_name, modules, wrong = dict(model.named_modules()), {}, []
     for plan in plans:
         if not plan.edit:
             continue
         name = module_name(live.get(plan.name, ""))
-        kind = dict(model.named_modules()).get(name)
-        if len(plan.shape) == 2 and _takes_lora(kind) and live.get(plan.name, "").endswith(".weight"):
+        if len(plan.shape) == 2 and _takes_lora(by_name.get(name)) and live.get(plan.name, "").endswith(".weight"):
             modules[plan.name] = name
         else:
             wrong.append(f"{plan.name}: {plan.shape}")

@@ -10,12 +10,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lox_hf.config import CONFIG_NAME, LoxConfig
-from lox_hf.errors import CheckpointError, PairingError, UnsupportedModelError
+from lox_hf.errors import CheckpointError, UnsupportedModelError
 from lox_hf.hub_files import Resolved
-from lox_hf.lora import LoraPair, check_plain_lora, harden_pair, plan_pairs
+from lox_hf.lora import LoraPair, check_plain_lora, harden_pairs, lora_report, plan_pairs
 from lox_hf.provenance import check_not_hardened
-from lox_hf.records import REPORT_NAME, HardeningPlan, HardeningReport, TensorReport
-from lox_hf.version import versions
+from lox_hf.records import REPORT_NAME, HardeningPlan, HardeningReport
 from lox_hf.weights.folder import MODEL_CONFIG, side_files
 from lox_hf.weights.selection import get_pattern_value
 from lox_hf.weights.source import ADAPTER_CONFIG, read_json
@@ -53,17 +52,9 @@ def harden_adapter(
     tensors, pairs = _open(adapter, allow_repeat)
     writer = FolderWriter(output_dir)
     writer.check(sum(tensor.nbytes for tensor in tensors.values()), [adapter.folder])
-    reports = _harden(pairs, config, adapter.reference.name_or_path)
-    report = HardeningReport(
-        aligned=adapter.reference,
-        base=None,
-        config=config.to_dict(),
-        tensors=tuple(reports),
-        copied=len(pairs) - len(reports),
-        output=str(output_dir),
-        seconds=time.perf_counter() - started,
-        versions=versions(),
-    )
+    reports = harden_pairs(pairs, config, adapter.reference.name_or_path)  # this process's own copies of the file
+    others = len(tensors) - 2 * len(pairs)
+    report = lora_report(adapter.reference, config, reports, pairs, started, output=str(output_dir), others=others)
     _publish(adapter, tensors, report, writer)
     return report
 
@@ -153,20 +144,6 @@ def _pairs(tensors: dict[str, Tensor], adapter_config: dict) -> list[LoraPair]:
     if not pairs:
         raise CheckpointError("The adapter holds no LoRA factors.")
     return pairs
-
-
-def _harden(pairs: list[LoraPair], config: LoxConfig, name: str) -> list[TensorReport]:
-    """Harden all factors in place; they are this process's own copies of the file."""
-    reports = []
-    for pair, plan in zip(pairs, plan_pairs(pairs, config), strict=True):
-        if plan.edit:
-            b, a, report = harden_pair(pair, plan)
-            pair.b.copy_(b)
-            pair.a.copy_(a)
-            reports.append(report)
-    if all(report.method == "zero" for report in reports):
-        raise PairingError(f"'{name}' is zero in every selected module: nothing to extrapolate.")
-    return reports
 
 
 def _publish(adapter: Resolved, tensors: dict[str, Tensor], report: HardeningReport, writer: FolderWriter) -> None:

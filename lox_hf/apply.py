@@ -11,7 +11,7 @@ from lox_hf.core.lowrank import Decomposition
 from lox_hf.edit import Directions, check_something_changed, edit_tensor, report_warnings
 from lox_hf.errors import LoxError
 from lox_hf.inputs import HasFactors, ModelLike, Pair, open_pair
-from lox_hf.lora import harden_lora, is_peft_model, revert_lora
+from lox_hf.lora import adapter_report, harden_lora, is_peft_model, revert_lora
 from lox_hf.parallel import map_tensors
 from lox_hf.provenance import STAMP, stamp
 from lox_hf.records import HardeningReport, TensorPlan, TensorReport
@@ -147,6 +147,8 @@ def hardening_report(model: nn.Module) -> HardeningReport:
     Example:
         >>> hardening_report(apply_lox(model, config)).energy_share  # doctest: +SKIP
     """
+    if is_peft_model(model):
+        return adapter_report(model)
     record = getattr(model, RECORD, None)
     if record is None:
         raise LoxError(f"{type(model).__name__} was not hardened by apply_lox in this process.")

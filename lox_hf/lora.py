@@ -3,6 +3,7 @@
 U (S + alpha S_k) V^T has the rank of B A: the hardened adapter keeps its shapes.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,28 @@ from lox_hf.config import LoxConfig
 from lox_hf.core.lowrank import Decomposition, from_lora
 from lox_hf.edit import naming, tensor_report
 from lox_hf.errors import ConfigError, LoxError, NumericsError, PairingError, UnsupportedModelError
-from lox_hf.provenance import check_not_hardened, stamp
-from lox_hf.records import ModelReference, TensorPlan, TensorReport
+from lox_hf.provenance import check_not_hardened
+from lox_hf.records import HardeningReport, ModelReference, TensorPlan, TensorReport
+from lox_hf.version import versions
 from lox_hf.weights.selection import select
 from lox_hf.weights.source import TensorInfo
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-RECORD = "_lox_record"
+RECORDS = "_lox_adapters"
+
+LoraWeights = dict[str, tuple[Tensor, Tensor, float]]
+"""B (m, r), A (r, n) and the scaling by module name."""
+
+
+@dataclass(frozen=True)
+class LoraRecord:
+    """What a hardened adapter remembers: its factors before and after, and the report."""
+
+    before: LoraWeights
+    after: LoraWeights
+    report: HardeningReport
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,7 @@ def harden_pair(pair: LoraPair, plan: TensorPlan) -> tuple[Tensor, Tensor, Tenso
     with naming(pair.module):
         whole = from_lora(pair.b, pair.a, pair.scaling)
     s, rank = whole.factors.S, whole.factors.rank
-    k = _wanted(whole, plan.r)
+    k = whole.factors.rank_for(plan.r, whole.energy)
     stretched = s.clone()
     stretched[:k] *= 1 + plan.alpha
     root = (stretched.abs() / abs(pair.scaling)).sqrt()
@@ -98,16 +112,13 @@ def is_peft_model(model: object) -> bool:
     return any(cls.__name__ == "PeftModel" and cls.__module__.startswith("peft") for cls in type(model).__mro__)
 
 
-def harden_lora(model: Any, config: LoxConfig, *, allow_repeat: bool = False) -> list[TensorReport]:
+def harden_lora(model: Any, config: LoxConfig, *, allow_repeat: bool = False) -> None:
     """Harden the active LoRA adapter of a PeftModel in place; see `apply_lox`.
 
     Args:
         model: The PeftModel.
         config: Settings; the base in it is not used.
         allow_repeat: Harden an adapter that is hardened already once more.
-
-    Returns:
-        One report per module.
 
     Raises:
         UnsupportedModelError: If the adapter is not plain LoRA.
@@ -116,26 +127,17 @@ def harden_lora(model: Any, config: LoxConfig, *, allow_repeat: bool = False) ->
         ConfigError: If the settings select nothing.
         NumericsError: If factors contain NaN or Inf.
     """
+    started = time.perf_counter()
     adapter = _active_adapter(model)
-    records = model.__dict__.setdefault(RECORD, {})
-    if not allow_repeat:
-        check_not_hardened(records.get(adapter, {}).get("stamp"), f"adapter '{adapter}'")
-    parameters = dict(_lora_parameters(model, adapter))
-    pairs = [LoraPair(name, b.detach(), a.detach(), scaling) for name, (b, a, scaling) in parameters.items()]
-    plans = plan_pairs(pairs, config)
-    results = [harden_pair(pair, plan) if plan.edit else None for pair, plan in zip(pairs, plans, strict=True)]
-    reports = [result[2] for result in results if result is not None]
-    if all(report.method == "zero" for report in reports):
-        raise PairingError(f"Adapter '{adapter}' is zero in every selected module: nothing to extrapolate.")
-    before = {name: (b.detach().clone(), a.detach().clone()) for name, (b, a, _) in parameters.items()}
-    for pair, result in zip(pairs, results, strict=True):
-        if result is not None:
-            pair.b.copy_(result[0])
-            pair.a.copy_(result[1])
-    after = {name: (b.detach().clone(), a.detach().clone()) for name, (b, a, _) in parameters.items()}
-    made = stamp(config, ModelReference(f"adapter '{adapter}'"), None)
-    records[adapter] = {"stamp": made, "before": before, "after": after}
-    return reports
+    records: dict[str, LoraRecord] = model.__dict__.setdefault(RECORDS, {})
+    if adapter in records and not allow_repeat:
+        check_not_hardened(records[adapter].report.config, f"adapter '{adapter}'")
+    live = dict(_lora_parameters(model, adapter))
+    pairs = [LoraPair(name, b, a, scaling) for name, (b, a, scaling) in live.items()]
+    before = _copy(live)
+    reports = harden_pairs(pairs, config, f"adapter '{adapter}'")
+    report = lora_report(ModelReference(f"adapter '{adapter}'"), config, reports, pairs, started)
+    records[adapter] = LoraRecord(before, _copy(live), report)
 
 
 def revert_lora(model: Any) -> None:
@@ -147,18 +149,94 @@ def revert_lora(model: Any) -> None:
     Raises:
         LoxError: If the active adapter was not hardened in this process, or was changed since.
     """
-    adapter = _active_adapter(model)
-    record = model.__dict__.get(RECORD, {}).get(adapter)
-    if record is None:
-        raise LoxError(f"Adapter '{adapter}' was not hardened by apply_lox in this process: nothing to take back.")
-    parameters = dict(_lora_parameters(model, adapter))
-    for name, (b, a, _) in parameters.items():
-        if not all(torch.equal(now, then) for now, then in zip((b, a), record["after"][name], strict=True)):
+    adapter, record = _record(model)
+    live = dict(_lora_parameters(model, adapter))
+    for name, (b, a, _) in live.items():
+        if not (torch.equal(b, record.after[name][0]) and torch.equal(a, record.after[name][1])):
             raise LoxError(f"{name} was changed after apply_lox: load the adapter again.")
-    for name, (b, a, _) in parameters.items():
-        b.data.copy_(record["before"][name][0])
-        a.data.copy_(record["before"][name][1])
-    del model.__dict__[RECORD][adapter]
+    for name, (b, a, _) in live.items():
+        b.copy_(record.before[name][0])
+        a.copy_(record.before[name][1])
+    del model.__dict__[RECORDS][adapter]
+
+
+def adapter_report(model: Any) -> HardeningReport:
+    """Return what `apply_lox` did to the active adapter of a PeftModel.
+
+    Args:
+        model: The PeftModel.
+
+    Returns:
+        The report.
+
+    Raises:
+        LoxError: If the adapter was not hardened in this process.
+    """
+    return _record(model)[1].report
+
+
+def harden_pairs(pairs: list[LoraPair], config: LoxConfig, name: str) -> list[TensorReport]:
+    """Harden all factors in place, once every one of them is known to be good.
+
+    Args:
+        pairs: The factors by module; changed in place.
+        config: Settings.
+        name: How messages call the adapter.
+
+    Returns:
+        One report per module that was edited.
+
+    Raises:
+        PairingError: If every B A is zero.
+        ConfigError: If the settings select nothing.
+        NumericsError: If factors contain NaN or Inf.
+    """
+    plans = plan_pairs(pairs, config)
+    edits = [(pair, *harden_pair(pair, plan)) for pair, plan in zip(pairs, plans, strict=True) if plan.edit]
+    if all(report.method == "zero" for *_, report in edits):
+        raise PairingError(f"'{name}' is zero in every selected module: nothing to extrapolate.")
+    for pair, b, a, _ in edits:
+        pair.b.copy_(b)
+        pair.a.copy_(a)
+    return [report for *_, report in edits]
+
+
+def lora_report(
+    aligned: ModelReference,
+    config: LoxConfig,
+    reports: list[TensorReport],
+    pairs: list[LoraPair],
+    started: float,
+    *,
+    output: str = "",
+    others: int = 0,
+) -> HardeningReport:
+    """Report of a hardened adapter.
+
+    Args:
+        aligned: The adapter.
+        config: The settings.
+        reports: What was done to each module.
+        pairs: All modules of the adapter.
+        started: `time.perf_counter` at the beginning.
+        output: Folder that was written.
+        others: Tensors of the adapter that are no LoRA factors.
+
+    Returns:
+        The report.
+    """
+    warning = f"{others} tensors of the adapter are not LoRA factors (modules_to_save): they are copied unhardened."
+    return HardeningReport(
+        aligned=aligned,
+        base=None,
+        config=config.to_dict(),
+        tensors=tuple(reports),
+        copied=len(pairs) - len(reports),
+        output=output,
+        seconds=time.perf_counter() - started,
+        versions=versions(),
+        warnings=(warning,) if others else (),
+    )
 
 
 def check_plain_lora(peft_config: Any, name: str) -> None:
@@ -208,17 +286,19 @@ def _lora_parameters(model: "PeftModel", adapter: str) -> Iterator[tuple[str, tu
             b, a = module.lora_B[adapter].weight, module.lora_A[adapter].weight
             if b.dim() != 2:
                 raise UnsupportedModelError(f"{name} is a convolution under LoRA; exclude it with exclude_modules.")
-            yield name, (b, a, float(module.scaling[adapter]))
+            yield name, (b.detach(), a.detach(), float(module.scaling[adapter]))
         elif adapter in getattr(module, "lora_embedding_A", {}):
             b, a = module.lora_embedding_B[adapter], module.lora_embedding_A[adapter]
-            yield name, (b, a, float(module.scaling[adapter]))
+            yield name, (b.detach(), a.detach(), float(module.scaling[adapter]))
 
 
-def _wanted(whole: Decomposition, r: int | float | None) -> int:
-    rank = whole.factors.rank
-    if r is None:
-        return rank
-    if isinstance(r, int):
-        return min(r, rank)
-    reached = whole.factors.S.double().square().cumsum(0) >= r * whole.energy * (1 - 1e-6)
-    return int(reached.int().argmax()) + 1 if reached.any() else rank
+def _record(model: Any) -> tuple[str, LoraRecord]:
+    adapter = _active_adapter(model)
+    record = model.__dict__.get(RECORDS, {}).get(adapter)
+    if record is None:
+        raise LoxError(f"Adapter '{adapter}' was not hardened by apply_lox in this process.")
+    return adapter, record
+
+
+def _copy(weights: LoraWeights) -> LoraWeights:
+    return {name: (b.clone(), a.clone(), scaling) for name, (b, a, scaling) in weights.items()}

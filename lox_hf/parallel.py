@@ -50,8 +50,8 @@ def map_tensors(
     with _bar(sum(map(size_of, items)), progressbar, description) as advance, _kernel_threads(1):
 
         def announce(places: range) -> None:
-            for place in places if prepare is not None else ():
-                if place < len(order):
+            for place in places:
+                if prepare is not None and place < len(order):
                     prepare(items[order[place]])
 
         def run(place: int) -> Result:

@@ -272,7 +272,7 @@ class SubspaceFactors:
         """Return the top r of the stored directions."""
         name = matrix_names(plan.name, plan.shape)[number]
         stored, report = self.subspace.factors[name], self._reports[name]
-        k = _wanted_rank(stored, plan.r, report.delta_norm**2)
+        k = stored.rank_for(plan.r, report.delta_norm**2)
         cut = stored.truncate(k)
         next_s = stored.S[k].item() if k < stored.rank else _next_s(report)
         factors = LowRank(*(part.to(aligned.device) for part in (cut.U, cut.S, cut.Vh)))
@@ -315,13 +315,6 @@ def _find(plan: TensorPlan, aligned: Tensor, source: FactorSource) -> list[tuple
 def _matrix_shapes(plan: TensorPlan) -> list[tuple[int, int]]:
     _, rows, columns = matrix_shape(plan.shape)
     return [(rows, columns)] * len(matrix_names(plan.name, plan.shape))
-
-
-def _wanted_rank(stored: LowRank, r: int | float | None, energy: float) -> int:
-    if not isinstance(r, float):
-        return min(r or stored.rank, stored.rank)
-    reached = stored.S.double().square().cumsum(0) >= r * energy * (1 - 1e-6)
-    return int(reached.int().argmax()) + 1 if reached.any() else stored.rank
 
 
 def _next_s(report: TensorReport) -> float:

@@ -28,7 +28,7 @@ class Undo:
         matrix: View of the live weight.
         estimate: How the aligned rows follow from the hardened ones.
         written: Slices of rows that were written.
-        corrections: By first row of a slice: positions in it that do not round back, and their aligned values.
+        corrections: By first row of a slice: positions of words in it that do not round back, and their aligned bits.
         aligned_sum: Checksum of the aligned bits.
         hardened_sum: Checksum of the hardened bits.
     """
@@ -43,19 +43,19 @@ class Undo:
     def write(self, part: slice, hardened: Tensor) -> None:
         """Put hardened rows in place and keep what is needed to undo it."""
         target = self.matrix[part]
-        mask = scratch("mask", target.shape, torch.bool, target.device)
-        torch.ne(_bits(self._back(part, hardened)), _bits(target), out=mask)
-        wrong = mask.flatten().nonzero().squeeze(1)
+        aligned, returned = self._words(target), self._words(self._back(part, hardened))
+        different = torch.bitwise_xor(aligned, returned, out=returned)  # in place: the returned rows have served
+        wrong = different.nonzero().squeeze(1)
         if len(wrong):
-            self.corrections[part.start] = (wrong.to(torch.int32), target.reshape(-1)[wrong])
+            self.corrections[part.start] = (wrong.to(torch.int32), aligned[wrong])
         self.written.append(part)
-        self.aligned_sum += _checksum(target)
-        self.hardened_sum += _checksum(hardened)
+        self.aligned_sum += int(aligned.sum())
+        self.hardened_sum += int(self._words(hardened).sum())
         target.copy_(hardened)
 
     def unchanged(self) -> bool:
         """Whether the weight is still what was written."""
-        return sum(_checksum(self.matrix[part]) for part in self.written) == self.hardened_sum
+        return sum(int(self._words(self.matrix[part]).sum()) for part in self.written) == self.hardened_sum
 
     def revert(self) -> bool:
         """Restore the rows that were written; True when their bits are the aligned ones again."""
@@ -64,10 +64,16 @@ class Undo:
             rows = self._back(part, self.matrix[part])
             if part.start in self.corrections:
                 positions, values = self.corrections[part.start]
-                rows.view(-1)[positions.long()] = values
-            restored += _checksum(rows)
+                self._words(rows)[positions.long()] = values
+            restored += int(self._words(rows).sum())
             self.matrix[part] = rows
         return restored == self.aligned_sum
+
+    def _words(self, rows: Tensor) -> Tensor:
+        """The bits of some rows as integers, (words,): eight bytes at a time where every row allows it."""
+        size, pitch = rows.element_size(), self.matrix.stride(0)
+        wide = all(place % 8 == 0 for place in (size * rows.shape[1], size * pitch, self.matrix.data_ptr()))
+        return rows.contiguous().view(-1).view(torch.int64 if wide else INTEGERS[size])
 
     def _back(self, part: slice, hardened: Tensor) -> Tensor:
         work = scratch("back", hardened.shape, torch.float32, hardened.device).copy_(hardened)
@@ -84,14 +90,3 @@ def subtract_low_rank(factors: LowRank, alpha: float) -> Estimate:
 def subtract_full(delta: Delta, alpha: float) -> Estimate:
     """The way back from `extrapolate_full`: W = (W_hardened + alpha W_base) / (1 + alpha)."""
     return lambda part, tile: tile.add_(delta.base_rows(part), alpha=alpha).div_(1 + alpha)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(INTEGERS[tensor.element_size()])
-
-
-def _checksum(tensor: Tensor) -> int:
-    """Sum of the bits in the widest integers that fit: eight bytes at a time where the size allows it."""
-    flat = tensor.contiguous().view(-1)
-    wide = flat.nbytes % 8 == 0 and flat.data_ptr() % 8 == 0
-    return int(flat.view(torch.int64 if wide else INTEGERS[flat.element_size()]).sum(dtype=torch.int64))

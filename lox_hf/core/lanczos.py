@@ -213,7 +213,7 @@ class _Recurrence:
     def _append(self, remainder: Tensor) -> None:
         """Add the remainder as the next block; projected out again, as once leaves errors of the removed size."""
         basis = self.basis[: self.size]
-        block = orthonormal_rows(remainder)
+        block = orthonormal_rows(remainder, rounds=1)
         block = orthonormal_rows(block.addmm_(block @ basis.T, basis, alpha=-1))
         self.basis[self.size : self.size + self.block] = block
         self.size += self.block
@@ -255,10 +255,10 @@ class _Recurrence:
         return image
 
 
-def orthonormal_rows(block: Tensor) -> Tensor:
+def orthonormal_rows(block: Tensor, rounds: int = 2) -> Tensor:
     """Orthonormal basis of the rows: Cholesky QR twice in float64, Householder QR where that is ill-conditioned."""
     work = block.double()
-    for _ in range(2):
+    for _ in range(rounds):
         factor, info = torch.linalg.cholesky_ex(work @ work.T)
         diagonal = factor.diagonal()
         if info.item() != 0 or not diagonal.min() > 1e-6 * diagonal.max():

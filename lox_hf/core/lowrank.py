@@ -41,6 +41,21 @@ class LowRank:
         """(m, n) of the matrix."""
         return len(self.U), self.Vh.shape[1]
 
+    def rank_for(self, r: int | float | None, energy: float) -> int:
+        """How many of the directions `r` asks for.
+
+        Args:
+            r: A number of directions, a share of the energy, or None for all.
+            energy: ||dW||_F^2.
+
+        Returns:
+            The number, at most `rank`; all of them where the share is not reached.
+        """
+        if not isinstance(r, float):
+            return self.rank if r is None else min(r, self.rank)
+        reached = self.S.double().square().cumsum(0) >= r * energy * (1 - NEGLIGIBLE)
+        return int(reached.int().argmax()) + 1 if reached.any() else self.rank
+
     def truncate(self, k: int) -> "LowRank":
         """Return the top k of the directions; all of them when there are no more than k."""
         return LowRank(self.U[:, :k], self.S[:k], self.Vh[:k])
@@ -228,12 +243,9 @@ def _by_energy(delta: Delta, share: float, *, svd: str, tol: float, seed: int) -
     k = FIRST_ENERGY_RANK
     while True:
         found = decompose(delta, k, svd=svd, tol=tol, seed=seed)
-        reached = found.factors.S.double().square().cumsum(0) >= share * found.energy * (1 - NEGLIGIBLE)
-        if reached.any() or k >= min(delta.shape) or found.factors.rank < k:
+        cut = found.factors.rank_for(share, found.energy)
+        if cut < found.factors.rank or k >= min(delta.shape) or found.factors.rank < k:
             break
         k = 4 * k
-    if not reached.any():
-        return found
-    cut = int(reached.int().argmax()) + 1
     next_s = found.factors.S[cut].item() if cut < found.factors.rank else found.next_s
     return Decomposition(found.factors.truncate(cut), found.energy, next_s, found.residual, found.steps, found.method)

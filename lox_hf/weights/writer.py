@@ -35,8 +35,7 @@ class OutputFile:
         self._flusher: threading.Thread | None = None
         self._flush_error: OSError | None = None
         try:
-            if size_bytes and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._fd, 0, size_bytes)
+            _reserve(self._fd, size_bytes)
         except OSError:
             os.close(self._fd)
             raise
@@ -218,10 +217,12 @@ class FolderWriter:
         with output_errors(self.output):
             while self._files:
                 self._files.pop().close()
+            for path in sorted(self.partial.rglob("*"), reverse=True):  # files that others wrote, and folders
+                _flush_path(path)
             os.fsync(self._lock_fd)
             os.rename(self.partial, self.output)
             self._published = True
-            _flush_folder(self.output.parent)
+            _flush_path(self.output.parent)
         return self.output
 
 
@@ -252,8 +253,20 @@ def output_errors(output: Path) -> Iterator[None]:
         raise OutputError(f"Cannot write {output}: {reason}. Nothing was published.") from error
 
 
-def _flush_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def _reserve(fd: int, size_bytes: int) -> None:
+    """Reserve the space of a file; file systems that cannot only set its size."""
+    try:
+        if size_bytes and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, size_bytes)
+            return
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    os.ftruncate(fd, size_bytes)
+
+
+def _flush_path(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
