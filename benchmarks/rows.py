@@ -164,7 +164,8 @@ def cpu_large(bench: Bench) -> Iterator[Row]:
         run_job("jobs.py", "imports", {}, bench.cpu_threads).cpu_s for _ in range(bench.repeats)
     )
     dense = run_job("reference.py", "svds", bench.arguments(bench.large), bench.cpu_threads).result
-    for spectrum, runs in {bench.spectrum: bench.large_runs, "strong": bench.warm_runs(bench.large_strong, "hardened-large")}.items():
+    strong = bench.warm_runs(bench.large_strong, "hardened-large")
+    for spectrum, runs in {bench.spectrum: bench.large_runs, "strong": strong}.items():
         whole = statistics.median(run.cpu_s for run in runs)
         ratio = dense["total_cpu_s"] / (whole - imports)
         steps = max(run.result["max_steps"] for run in runs)
