@@ -101,7 +101,7 @@ def fetch_file(
     _must_be_hub_id(name_or_path)
     import huggingface_hub
 
-    with hub_errors(str(name_or_path), revision):
+    with hub_errors(str(name_or_path), revision, file_name):
         return Path(huggingface_hub.hf_hub_download(str(name_or_path), file_name, revision=revision, token=token))
 
 
@@ -124,16 +124,24 @@ def push_folder(
         CheckpointError: If the Hub refuses or cannot be reached.
     """
     import huggingface_hub
+    from huggingface_hub import errors
 
-    with hub_errors(repo_id, None):
+    try:
         api = huggingface_hub.HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(folder_path=str(folder), repo_id=repo_id, commit_message=message).commit_url)
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"'{repo_id}' is not a Hub id such as 'org/model'.") from error
+    except (errors.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: the client's own for a failed upload
+        raise CheckpointError(
+            f"Cannot upload to '{repo_id}': {_reason(error)} Check that the Hub is in reach and that the token may "
+            "write there (`hf auth login`, `hf auth whoami`)."
+        ) from error
 
 
 @contextmanager
-def hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """Turn the Hub client's errors into `CheckpointError` with a remedy."""
+def hub_errors(name: str, revision: str | None, file_name: str | None = None) -> Iterator[None]:
+    """Turn the Hub client's errors in a download into `CheckpointError` with a remedy."""
     from huggingface_hub import errors
 
     at = f"'{name}'" + (f" at revision '{revision}'" if revision else "")
@@ -144,17 +152,35 @@ def hub_errors(name: str, revision: str | None) -> Iterator[None]:
             f"{at} is gated: ask for access on its Hub page, then log in with `hf auth login`."
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{at} has no such revision.") from error
+        raise CheckpointError(
+            f"'{name}' has no revision '{revision or 'main'}': pass a branch, a tag or a whole commit hash of it."
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{at} is neither a folder on this machine nor a model on the Hub; for a private one run `hf auth login`."
         ) from error
-    except errors.EntryNotFoundError as error:
+    except errors.RemoteEntryNotFoundError as error:
         raise CheckpointError(
-            f"{at} does not hold that file, or it is not in the cache and the Hub is out of reach."
+            f"{at} has no {file_name or 'such file'} on the Hub: is it the repository meant?"
         ) from error
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise CheckpointError(f"{at} is not a folder on this machine, and the Hub did not answer: {error}") from error
+    # The client's own HTTPError is the base of its transport errors too, which are no OSError.
+    except (errors.EntryNotFoundError, errors.HTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{at} is not a folder on this machine, it is not complete in the Hub's cache, and the Hub cannot be "
+            f"reached: {_reason(error)} Check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or pass a folder."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong at the root, as one sentence in one line: the Hub's own words, or else the client's."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    text = str(error)
+    if isinstance(error, HfHubHTTPError) and error.server_message:
+        text = f"HTTP {error.response.status_code}, {error.server_message}"
+    return " ".join(text.split()).rstrip(".") + "."
 
 
 def _must_be_hub_id(name_or_path: str | Path) -> None:

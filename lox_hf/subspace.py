@@ -25,7 +25,7 @@ from lox_hf.edit import (
     tensor_report,
 )
 from lox_hf.errors import CheckpointError, ConfigError, PairingError
-from lox_hf.hub_files import fetch_file, push_folder
+from lox_hf.hub_files import fetch_file, push_folder, resolve
 from lox_hf.inputs import ModelLike, Pair, open_pair
 from lox_hf.parallel import map_tensors
 from lox_hf.records import REPORT_NAME, HardeningReport, TensorPlan, TensorReport
@@ -168,9 +168,10 @@ class SafetySubspace:
             CheckpointError: If a file is missing or damaged.
             ConfigError: If the stored config is invalid.
         """
-        config = LoxConfig.from_pretrained(pretrained_name_or_path, revision=revision, token=token)
-        path = fetch_file(pretrained_name_or_path, SUBSPACE_NAME, revision=revision, token=token)
-        report_path = fetch_file(pretrained_name_or_path, REPORT_NAME, revision=revision, token=token)
+        files = [CONFIG_NAME, SUBSPACE_NAME, REPORT_NAME]  # at once, so that all are of one commit
+        folder = resolve(pretrained_name_or_path, revision=revision, token=token, files=files).folder
+        config = LoxConfig.from_pretrained(folder)
+        path, report_path = (fetch_file(folder, name) for name in (SUBSPACE_NAME, REPORT_NAME))
         try:
             report = HardeningReport.from_json(report_path.read_text(encoding="utf-8"))
             with safe_open(path, framework="pt") as file:

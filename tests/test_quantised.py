@@ -1,4 +1,4 @@
-"""A 4-bit model on the CPU: the dense edit is refused by the scheme's name, the adapter does what the dense edit would.
+"""A 4-bit model on the CPU: the dense edit is refused by the scheme's name, the adapter does what it would have done.
 
 Factors come from the full-precision files. bitsandbytes repacks a CPU weight at the first forward pass, so the effect
 is measured on forward passes alone, never by dequantising.
