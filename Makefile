@@ -39,7 +39,7 @@ lint: $(VENV)/.ready-dev
 	done; exit $$status
 
 clean:
-	rm -rf $(VENV) lox-demo build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) lox-demo hardened aligned-lox build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is written last, so an interrupted installation is taken up again.

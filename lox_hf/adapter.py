@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lox_hf.config import CONFIG_NAME, LoxConfig
-from lox_hf.core.lowrank import LowRank
-from lox_hf.errors import ConfigError, LoxError, NumericsError, UnsupportedModelError
+from lox_hf.core.extrapolate import lora_factors
+from lox_hf.errors import ConfigError, LoxError, UnsupportedModelError
 from lox_hf.hub_files import CHECKPOINT_FILES, resolve
 from lox_hf.inputs import HasFactors, ModelLike, open_pair
+from lox_hf.lora import remember_adapter
 from lox_hf.provenance import STAMP, check_not_hardened
 from lox_hf.records import REPORT_NAME, HardeningReport, TensorPlan
 from lox_hf.subspace import SafetySubspace
@@ -78,7 +79,10 @@ def get_lox_model(
     source = model if aligned_model is None else aligned_model
     pair = open_pair(source, base_model, config, token=token, allow_repeat=allow_repeat)
     check_has_adapter_form(pair.plans)
-    return _wrap(model, SafetySubspace.from_pair(pair, progressbar=progressbar), pair.plans, adapter_name)
+    subspace = SafetySubspace.from_pair(pair, progressbar=progressbar)
+    wrapped = _wrap(model, subspace, pair.plans, adapter_name)
+    remember_adapter(wrapped, adapter_name, subspace.report)
+    return wrapped
 
 
 def extract_lox_adapter(
@@ -193,25 +197,6 @@ def check_carries_lora(model: nn.Module, plans: list[TensorPlan]) -> dict[str, s
     return modules
 
 
-def lora_factors(directions: LowRank, alpha: float) -> tuple[Tensor, Tensor]:
-    """Split alpha * U S Vh into B (m, k) and A (k, n), balanced, float32.
-
-    Args:
-        directions: U, S, Vh.
-        alpha: Strength, positive.
-
-    Returns:
-        B and A with B A = alpha U S Vh.
-
-    Raises:
-        NumericsError: If alpha is so large that they overflow.
-    """
-    root = (alpha * directions.S).sqrt()
-    if not root.isfinite().all():
-        raise NumericsError(f"The factors overflow float32: alpha = {alpha} is too large.")
-    return directions.U * root, root[:, None] * directions.Vh
-
-
 def _wrap(model: nn.Module, subspace: SafetySubspace, plans: list[TensorPlan], adapter_name: str) -> "PeftModel":
     modules = check_carries_lora(model, plans)
     alphas = {plan.name: plan.alpha for plan in plans}
@@ -257,13 +242,18 @@ def _lora_config(model: nn.Module, factors: Factors) -> "LoraConfig":
 def _fill(layer: Any, adapter_name: str, b: Tensor, a: Tensor) -> None:
     """Put the factors into one PEFT layer; embeddings and Conv1D hold the transposed weight, so B and A swap."""
     if adapter_name in layer.lora_embedding_A:
-        layer.lora_embedding_A[adapter_name] = nn.Parameter(b.T.contiguous())
-        layer.lora_embedding_B[adapter_name] = nn.Parameter(a.T.contiguous())
+        layer.lora_embedding_A[adapter_name] = _placed(b.T, layer.lora_embedding_A[adapter_name])
+        layer.lora_embedding_B[adapter_name] = _placed(a.T, layer.lora_embedding_B[adapter_name])
         return
     if layer.fan_in_fan_out:
         b, a = a.T, b.T
-    layer.lora_A[adapter_name].weight = nn.Parameter(a.contiguous())
-    layer.lora_B[adapter_name].weight = nn.Parameter(b.contiguous())
+    for factor, value in ((layer.lora_A[adapter_name], a), (layer.lora_B[adapter_name], b)):
+        factor.weight = _placed(value, factor.weight)
+
+
+def _placed(value: Tensor, before: Tensor) -> nn.Parameter:
+    """The factor on the device PEFT had chosen; a skeleton on the meta device takes it as it is."""
+    return nn.Parameter(value.contiguous() if before.is_meta else value.to(before.device).contiguous())
 
 
 def _tied_copies(model: nn.Module, factors: Factors) -> Factors:

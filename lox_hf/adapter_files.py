@@ -112,13 +112,17 @@ def _open(adapter: Resolved, allow_repeat: bool) -> tuple[dict[str, Tensor], lis
     name = adapter.reference.name_or_path
     adapter_config = read_json(adapter.folder / ADAPTER_CONFIG)
     check_plain_lora(adapter_config, f"'{name}'")
-    missing = [key for key in ("r", "lora_alpha") if not isinstance(adapter_config.get(key), (int, float))]
+    missing = [key for key in ("r", "lora_alpha") if not _is_positive(adapter_config.get(key), key)]
     if missing:
         raise CheckpointError(f"The {ADAPTER_CONFIG} of '{name}' does not say {' and '.join(missing)}.")
     if not allow_repeat and (adapter.folder / CONFIG_NAME).is_file():
         check_not_hardened(read_json(adapter.folder / CONFIG_NAME), name)
     tensors = _load(adapter.folder / ADAPTER_WEIGHTS)
     return tensors, _pairs(tensors, adapter_config)
+
+
+def _is_positive(value: object, key: str) -> bool:
+    return isinstance(value, (int, float)) and (value > 0 or key == "lora_alpha")
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """`apply_lox` and `revert_lox`: harden a loaded model in place, and take it back."""
 
+import time
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -7,16 +8,18 @@ from torch import Tensor, nn
 
 from lox_hf.config import LoxConfig
 from lox_hf.core.delta import Delta
+from lox_hf.core.extrapolate import FullPart, LowRankPart
 from lox_hf.core.lowrank import Decomposition
-from lox_hf.edit import Directions, check_something_changed, edit_tensor, report_warnings
-from lox_hf.errors import LoxError
+from lox_hf.edit import Directions, check_something_changed, edit_tensor, matrices, report_warnings
+from lox_hf.errors import ConfigError, LoxError
 from lox_hf.inputs import HasFactors, ModelLike, Pair, open_pair
 from lox_hf.lora import adapter_report, harden_lora, is_peft_model, revert_lora
 from lox_hf.parallel import map_tensors
 from lox_hf.provenance import STAMP, stamp
 from lox_hf.records import HardeningReport, TensorPlan, TensorReport
-from lox_hf.undo import Undo, subtract_full, subtract_low_rank
+from lox_hf.undo import Undo
 from lox_hf.version import versions
+from lox_hf.weights.live import live_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 RECORD = "_lox_record"
@@ -24,11 +27,12 @@ RECORD = "_lox_record"
 
 @dataclass
 class _Record:
-    """What a hardened model remembers: the way back, the stamp that stood there before, and the report."""
+    """What a hardened model remembers: the way back, what stood there before, and the report."""
 
     undos: list[Undo]
     stamp: Any
     report: HardeningReport
+    previous: "_Record | None"
 
 
 def apply_lox(
@@ -48,7 +52,8 @@ def apply_lox(
 
     Args:
         model: The aligned model, a PreTrainedModel in float32, float16 or bfloat16; changed in place. A PeftModel with
-            LoRA adapters needs no base: the active adapter is the alignment; it is hardened and keeps its rank.
+            LoRA adapters needs no base: the active adapter is the alignment; it is hardened and keeps its rank. Saving
+            an adapter keeps no settings: write them beside it with `config.save_pretrained`.
         config: Settings; None takes a subspace's own, or the defaults (r=6, alpha=1.25).
         base_model: The model before alignment: Hub id, folder, module or state dict; or a `SafetySubspace`, which
             costs no decomposition. None takes `config.base_model_name_or_path`, or the base the model's card names.
@@ -79,23 +84,30 @@ def apply_lox(
     Source: Perin et al., COLM 2025, section 3; the reference's safety/LoX.py.
     """
     if is_peft_model(model):
+        if base_model is not None:
+            raise ConfigError("A LoRA adapter is the alignment itself and needs no base: leave base_model out.")
         harden_lora(model, config or LoxConfig(), allow_repeat=allow_repeat)
         return model
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"apply_lox takes a loaded model, got {type(model).__name__}; for files there is harden_checkpoint."
+        )
+    started = time.perf_counter()
     pair = open_pair(model, base_model, config, token=token, allow_repeat=allow_repeat)
     undos: list[Undo] = []
     try:
         reports = _edit(pair, undos, progressbar)
         check_something_changed(reports, pair.aligned.source.label, "the base")
+        _remember(model, pair, undos, reports, time.perf_counter() - started)
     except BaseException:
         for undo in undos:
             undo.revert()
         raise
-    _remember(model, pair, undos, reports)
     return model
 
 
 def revert_lox(model: Model) -> Model:
-    """Take `apply_lox` back: the aligned weights, bit for bit.
+    """Take the last `apply_lox` back: the weights before it, bit for bit.
 
     Args:
         model: A model that `apply_lox` hardened in this process; changed in place.
@@ -118,13 +130,13 @@ def revert_lox(model: Model) -> Model:
             f"{type(model).__name__} was not hardened by apply_lox in this process, so there is nothing to take back: "
             "load the aligned model again."
         )
-    if not all(undo.unchanged() for undo in record.undos):
-        raise LoxError(
-            "The weights were changed after apply_lox, by training or an edit: load the aligned model again."
-        )
+    now = live_tensors(model)
+    followed = [undo.name in now and undo.follow(matrices(now[undo.name])[undo.number]) for undo in record.undos]
+    if not all(followed) or not all(undo.unchanged() for undo in record.undos):
+        raise LoxError("The weights were changed, cast or moved after apply_lox: load the aligned model again.")
     exact = [undo.revert() for undo in record.undos]
     _set_stamp(model, record.stamp)
-    delattr(model, RECORD)
+    setattr(model, RECORD, record.previous)
     if not all(exact):
         raise LoxError(
             "The aligned weights could not be restored bit for bit on this device: load the aligned model again."
@@ -164,14 +176,14 @@ class _Recorder:
 
     def delta(self, plan: TensorPlan, number: int, aligned: Tensor) -> Delta:
         delta = self.factors.delta(plan, number, aligned)
-        self._begin(Undo(aligned, subtract_full(delta, plan.alpha)))
+        self._begin(Undo(aligned, FullPart(delta, plan.alpha), plan.name, number))
         return delta
 
     def find(self, plan: TensorPlan, number: int, aligned: Tensor) -> Decomposition:
         self.current = None
         found = self.factors.find(plan, number, aligned)
         if found.factors.rank:
-            self._begin(Undo(aligned, subtract_low_rank(found.factors, plan.alpha)))
+            self._begin(Undo(aligned, LowRankPart(found.factors, plan.alpha), plan.name, number))
         return found
 
     def write(self, number: int, part: slice, rows: Tensor) -> None:
@@ -203,25 +215,27 @@ def _edit(pair: Pair, undos: list[Undo], progressbar: bool | None) -> tuple[Tens
     return tuple(report for reports in results for report in reports)
 
 
-def _remember(model: nn.Module, pair: Pair, undos: list[Undo], reports: tuple[TensorReport, ...]) -> None:
+def _remember(
+    model: nn.Module, pair: Pair, undos: list[Undo], reports: tuple[TensorReport, ...], seconds: float
+) -> None:
     report = HardeningReport(
         aligned=pair.aligned.reference,
         base=pair.factors.reference,
         config=pair.config.to_dict(),
         tensors=reports,
         copied=sum(not plan.edit for plan in pair.plans),
-        seconds=sum(item.seconds for item in reports),
+        seconds=seconds,
         versions=versions(),
         warnings=report_warnings(reports, pair.plans),
     )
     before = getattr(getattr(model, "config", None), STAMP, None)
-    setattr(model, RECORD, _Record(undos, before, report))
     _set_stamp(model, stamp(pair.config, pair.aligned.reference, pair.factors.reference))
+    setattr(model, RECORD, _Record(undos, before, report, getattr(model, RECORD, None)))
 
 
 def _set_stamp(model: nn.Module, content: object) -> None:
     config = getattr(model, "config", None)
-    if config is None:
+    if not hasattr(config, "to_dict"):  # not a transformers model: nothing that is saved with it
         return
     if content is not None:
         setattr(config, STAMP, content)

@@ -25,7 +25,7 @@ class LoxConfig:
         base_model_name_or_path: The model before alignment: Hub id or folder.
         revision: Revision of the base on the Hub: branch, tag or commit.
         r: The paper's k. An int is a number of directions, a float in (0, 1] the share of ||dW||_F^2 they must hold
-            per tensor, None the full rank (ExPO; the reference's k = 0).
+            per tensor, None (on the command line: full, or the reference's 0) the full rank (ExPO).
         alpha: The paper's alpha, the reference's `coef`: how often the directions are added once more.
         target_modules: Which modules, as in PEFT: a list matches whole names or their ends, a string is a regular
             expression for the whole name, "all-linear" every linear layer but the output head. None takes every
@@ -70,7 +70,7 @@ class LoxConfig:
     allow_negative_alpha: bool = False
 
     def __post_init__(self) -> None:
-        if self.base_model_name_or_path is not None:
+        if isinstance(self.base_model_name_or_path, Path):
             self.base_model_name_or_path = str(self.base_model_name_or_path)
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
             value = getattr(self, name)
@@ -183,6 +183,14 @@ class LoxConfig:
     def _type_problems(self) -> list[str]:
         """Settings of another kind than the other checks can read, as a file may hold them."""
         problems = []
+        if not isinstance(self.base_model_name_or_path, (str, Path, NoneType)):
+            kind = type(self.base_model_name_or_path).__name__
+            problems.append(
+                f"base_model_name_or_path must be a folder or a Hub id, got {kind}; pass a loaded one as base_model"
+            )
+        for name in ("cast_base", "allow_negative_alpha"):
+            if not isinstance(getattr(self, name), bool):
+                problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
             if not isinstance(value, (str, NoneType)) and not _is_list_of(value, str):
@@ -199,7 +207,7 @@ class LoxConfig:
     def _rank_problems(self) -> list[str]:
         ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": value for key, value in (self.rank_pattern or {}).items()}}
         return [
-            f"{name} must be a positive int (directions), a float in (0, 1] (energy share) or None, got {r!r}"
+            f"{name} must be a positive int, a float in (0, 1] (energy share) or None (--r full), got {r!r}"
             for name, r in ranks.items()
             if not _is_rank(r)
         ]
@@ -213,7 +221,7 @@ class LoxConfig:
             elif value < 0 and not self.allow_negative_alpha:
                 problems.append(
                     f"{name} = {value} takes alignment away and makes the model less safe; "
-                    "pass allow_negative_alpha=True if that is what you study"
+                    "pass allow_negative_alpha=True (--allow-negative-alpha) if that is what you study"
                 )
         return problems
 
@@ -228,7 +236,14 @@ class LoxConfig:
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             problems.append("layers_pattern needs layers_to_transform")
-        patterns = [self.target_modules, self.exclude_modules, *(self.rank_pattern or {}), *(self.alpha_pattern or {})]
+        layers = self.layers_pattern if isinstance(self.layers_pattern, list) else [self.layers_pattern]
+        patterns = [
+            self.target_modules,
+            self.exclude_modules,
+            *layers,
+            *(self.rank_pattern or {}),
+            *(self.alpha_pattern or {}),
+        ]
         for pattern in patterns:
             if isinstance(pattern, str):
                 try:

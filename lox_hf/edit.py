@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lox_hf.config import LoxConfig
 from lox_hf.core.delta import Delta
-from lox_hf.core.extrapolate import extrapolate, extrapolate_full
+from lox_hf.core.extrapolate import FullPart, LowRankPart, extrapolate
 from lox_hf.core.lowrank import Decomposition, LowRank, decompose
 from lox_hf.errors import NumericsError, PairingError
 from lox_hf.records import ModelReference, TensorPlan, TensorReport
@@ -223,13 +223,14 @@ def _edit_matrix(
         write(everything, matrix)
         return _without_directions(matrix, 0.0, "none")
     if plan.r is None:
-        energy = extrapolate_full(matrix, factors.delta(plan, number, matrix), plan.alpha, write)
-        return _without_directions(matrix, energy, "full" if energy > 0 else "zero")
+        full = FullPart(factors.delta(plan, number, matrix), plan.alpha)
+        extrapolate(matrix, full, write)
+        return _without_directions(matrix, full.energy, "full" if full.energy > 0 else "zero")
     found = factors.find(plan, number, matrix)
     if found.factors.rank == 0:
         write(everything, matrix)
     else:
-        extrapolate(matrix, found.factors, plan.alpha, write)
+        extrapolate(matrix, LowRankPart(found.factors, plan.alpha), write)
     return found
 
 

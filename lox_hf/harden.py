@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lox_hf.adapter_files import harden_adapter, plan_adapter
 from lox_hf.config import CONFIG_NAME, LoxConfig
-from lox_hf.edit import check_something_changed, edit_tensor, matrices, report_warnings
+from lox_hf.edit import check_something_changed, edit_tensor, report_warnings
 from lox_hf.errors import CheckpointError
 from lox_hf.hub_files import CHECKPOINT_FILES, resolve
 from lox_hf.inputs import HasFactors, ModelLike, Pair, open_pair
@@ -19,11 +19,10 @@ from lox_hf.provenance import STAMP, stamp
 from lox_hf.records import REPORT_NAME, HardeningPlan, HardeningReport, TensorPlan, TensorReport
 from lox_hf.version import versions
 from lox_hf.weights.folder import MODEL_CONFIG, is_adapter, model_config, side_files
+from lox_hf.weights.selection import matrix_shape
 from lox_hf.weights.shard import Shard
 from lox_hf.weights.source import INDEX_NAME, CheckpointSource
-from lox_hf.weights.writer import FolderWriter, OutputFile
-
-COPY_BYTES = 2**20
+from lox_hf.weights.writer import COPY_BYTES, FolderWriter, OutputFile
 
 
 def harden_checkpoint(
@@ -224,11 +223,11 @@ def _write_weights(
 
 
 def _file_sink(tensor: Tensor, file: OutputFile, start: int) -> Callable[[int, slice, Tensor], None]:
-    shape = matrices(tensor)[0].shape
-    row_bytes = shape[1] * tensor.element_size()
+    _, rows, columns = matrix_shape(tuple(tensor.shape))
+    row_bytes = columns * tensor.element_size()
 
-    def sink(number: int, part: slice, rows: Tensor) -> None:
-        file.write(as_bytes(rows), start + (number * shape[0] + part.start) * row_bytes)
+    def sink(number: int, part: slice, tile: Tensor) -> None:
+        file.write(as_bytes(tile), start + (number * rows + part.start) * row_bytes)
 
     return sink
 

@@ -1,5 +1,6 @@
 """From what a user names (ids, folders, models, a subspace) to tensors, plans and a source of directions."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from lox_hf.edit import BaseFactors, FactorSource
 from lox_hf.errors import CheckpointError, ConfigError
 from lox_hf.hub_files import BASE_FILES, CHECKPOINT_FILES, Resolved, fetch_file, resolve
 from lox_hf.provenance import STAMP, check_not_hardened
-from lox_hf.records import ModelReference, TensorPlan
+from lox_hf.records import HardeningReport, ModelReference, TensorPlan
 from lox_hf.weights.folder import CARD, check_dense, check_roles, model_config, named_base
 from lox_hf.weights.live import as_checkpoint, linear_modules, live_tensors, meta_model
 from lox_hf.weights.selection import select
@@ -25,7 +26,15 @@ ModelLike: TypeAlias = str | Path | nn.Module | Mapping[str, Tensor]
 class HasFactors(Protocol):
     """Something that holds directions already, such as a `SafetySubspace`."""
 
-    config: LoxConfig
+    @property
+    def config(self) -> LoxConfig:
+        """The settings they were made with."""
+        ...
+
+    @property
+    def report(self) -> HardeningReport:
+        """What is known about them."""
+        ...
 
     def factor_source(self) -> FactorSource:
         """Return the directions by matrix."""
@@ -107,6 +116,7 @@ def open_pair(
         check_not_hardened(_stamp(aligned, ours), ours.reference.name_or_path)
     if isinstance(base, HasFactors):
         factors, theirs, found_in = base.factor_source(), None, "subspace"
+        _warn_of_another_model(base.report.aligned, ours.reference)
     else:
         base, config, found_in = _named(base, config, aligned, ours, token)
         theirs = open_side(base, "base", revision=config.revision, token=token, files=BASE_FILES, like=aligned)
@@ -142,6 +152,7 @@ def open_side(
         The side.
 
     Raises:
+        ConfigError: If this is nothing that holds a model.
         CheckpointError: If files are missing or damaged.
         UnsupportedModelError: If the weights are not plain tensors.
     """
@@ -153,6 +164,10 @@ def open_side(
     if isinstance(model, Mapping):
         tensors = as_checkpoint(like, model) if isinstance(like, nn.Module) else dict(model)
         return Side(DictSource(tensors, f"{role} (a state dict)"), ModelReference("a state dict"))
+    if not isinstance(model, (str, Path)):
+        raise ConfigError(
+            f"The {role} model must be a folder, a Hub id, a loaded model or a state dict, got {type(model).__name__}."
+        )
     resolved = resolve(model, revision=revision, token=token, files=files)
     label = f"{role} '{model}'"
     check_dense(resolved.folder, label)
@@ -169,7 +184,7 @@ def _named(
         return base, replace(config, base_model_name_or_path=str(base)), "base_model"
     if config.base_model_name_or_path is not None:
         return config.base_model_name_or_path, config, "config"
-    folder = ours.files.folder if ours.files else _card_folder(ours.reference, token)
+    folder = ours.files.folder if ours.files else _card_folder(aligned, ours.reference, token)
     found = named_base(folder) if folder else None
     if found is None:
         raise ConfigError(
@@ -180,8 +195,20 @@ def _named(
     return name, replace(config, base_model_name_or_path=name), file
 
 
-def _card_folder(reference: ModelReference, token: str | bool | None) -> Path | None:
+def _warn_of_another_model(made_from: ModelReference, used_on: ModelReference) -> None:
+    """Directions fit any model of the same shapes, so say when the names differ: they may be of another model."""
+    if made_from.name_or_path != used_on.name_or_path:
+        warnings.warn(
+            f"The subspace was made from '{made_from.name_or_path}' and is used on '{used_on.name_or_path}': make "
+            "sure that these are the same aligned model.",
+            stacklevel=4,
+        )
+
+
+def _card_folder(model: ModelLike, reference: ModelReference, token: str | bool | None) -> Path | None:
     """Folder with the card of a model in memory, where it was loaded from a folder or the Hub."""
+    if not getattr(getattr(model, "config", None), "_name_or_path", ""):
+        return None
     try:
         return fetch_file(reference.name_or_path, CARD, revision=reference.revision, token=token).parent
     except CheckpointError:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lox_hf.config import LoxConfig
-from lox_hf.core.lowrank import Decomposition, from_lora
+from lox_hf.core.lowrank import Decomposition, LowRank, from_lora
 from lox_hf.edit import naming, tensor_report
 from lox_hf.errors import ConfigError, LoxError, NumericsError, PairingError, UnsupportedModelError
 from lox_hf.provenance import check_not_hardened
@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 RECORDS = "_lox_adapters"
+VARIANTS = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "target_parameters",
+)
+"""Settings of PEFT under which the change is not scaling * B A of one matrix a module."""
 
 LoraWeights = dict[str, tuple[Tensor, Tensor, float]]
 """B (m, r), A (r, n) and the scaling by module name."""
@@ -37,6 +46,7 @@ class LoraRecord:
     before: LoraWeights
     after: LoraWeights
     report: HardeningReport
+    previous: "LoraRecord | None" = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,9 @@ def harden_pair(pair: LoraPair, plan: TensorPlan) -> tuple[Tensor, Tensor, Tenso
     Raises:
         NumericsError: If the factors contain NaN or Inf, or the result overflows their dtype.
     """
+    if plan.alpha == 0:
+        nothing = LowRank(pair.b[:, :0].float(), torch.empty(0), pair.a[:0].float())
+        return pair.b, pair.a, tensor_report(pair.module, plan, Decomposition(nothing, 0.0, 0.0, 0.0, 0, "none"), 0.0)
     with naming(pair.module):
         whole = from_lora(pair.b, pair.a, pair.scaling)
     s, rank = whole.factors.S, whole.factors.rank
@@ -137,7 +150,7 @@ def harden_lora(model: Any, config: LoxConfig, *, allow_repeat: bool = False) ->
     before = _copy(live)
     reports = harden_pairs(pairs, config, f"adapter '{adapter}'")
     report = lora_report(ModelReference(f"adapter '{adapter}'"), config, reports, pairs, started)
-    records[adapter] = LoraRecord(before, _copy(live), report)
+    records[adapter] = LoraRecord(before, _copy(live), report, records.get(adapter))
 
 
 def revert_lora(model: Any) -> None:
@@ -150,6 +163,8 @@ def revert_lora(model: Any) -> None:
         LoxError: If the active adapter was not hardened in this process, or was changed since.
     """
     adapter, record = _record(model)
+    if not record.before:
+        raise LoxError(f"Adapter '{adapter}' is LoX itself: model.unload() or model.disable_adapter() takes it off.")
     live = dict(_lora_parameters(model, adapter))
     for name, (b, a, _) in live.items():
         if not (torch.equal(b, record.after[name][0]) and torch.equal(a, record.after[name][1])):
@@ -157,7 +172,21 @@ def revert_lora(model: Any) -> None:
     for name, (b, a, _) in live.items():
         b.copy_(record.before[name][0])
         a.copy_(record.before[name][1])
-    del model.__dict__[RECORDS][adapter]
+    records = model.__dict__[RECORDS]
+    del records[adapter]
+    if record.previous is not None:
+        records[adapter] = record.previous
+
+
+def remember_adapter(model: Any, adapter: str, report: HardeningReport) -> None:
+    """Note that an adapter is LoX itself, so that it is not taken for an alignment.
+
+    Args:
+        model: The PeftModel.
+        adapter: Name of the adapter.
+        report: How it was made.
+    """
+    model.__dict__.setdefault(RECORDS, {})[adapter] = LoraRecord({}, {}, report)
 
 
 def adapter_report(model: Any) -> HardeningReport:
@@ -255,11 +284,7 @@ def check_plain_lora(peft_config: Any, name: str) -> None:
         else lambda key, default=None: getattr(peft_config, key, default)
     )
     kind = getattr(get("peft_type"), "value", get("peft_type"))
-    variants = [
-        key
-        for key in ("use_dora", "use_qalora", "lora_bias", "alora_invocation_tokens", "trainable_token_indices")
-        if get(key)
-    ]
+    variants = [key for key in VARIANTS if get(key)]
     if kind != "LORA" or variants or get("bias", "none") not in ("none", None):
         what = f"LoRA with {', '.join(variants) or 'bias'}" if kind == "LORA" else kind
         raise UnsupportedModelError(

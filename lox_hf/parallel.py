@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -33,7 +35,7 @@ def map_tensors(
         work: Function of one item; it must be safe to run in several threads.
         items: Items.
         size_of: Size of an item in bytes, for the order and the progress bar.
-        num_workers: Threads; None takes torch's number of threads, or 1 for tensors on an accelerator.
+        num_workers: Threads; None takes torch's number of threads.
         progressbar: Show a progress bar on standard error; None shows one on a terminal only.
         description: Text beside the bar.
         prepare: Called with an item some time before its turn, to have its data on the way.
@@ -78,9 +80,8 @@ def map_tensors(
 
 def _return_free_memory() -> None:
     """Give freed buffers back to the system: glibc keeps tens of megabytes per thread otherwise."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    if _TRIM is not None:
+        _TRIM(0)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Self
 
 REPORT_NAME = "lox_report.json"
@@ -11,7 +10,7 @@ REPORT_NAME = "lox_report.json"
 
 @dataclass(frozen=True)
 class JsonRecord:
-    """JSON both ways for a frozen dataclass. NaN and Inf are written as null and come back as NaN."""
+    """JSON both ways for a frozen dataclass. NaN is written as null, infinity as "inf"."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain dicts, lists and numbers."""
@@ -19,16 +18,14 @@ class JsonRecord:
 
     def to_json(self) -> str:
         """Return the record as strict JSON, indented by two."""
-        return json.dumps(_without_nan(self.to_dict()), indent=2) + "\n"
+        return json.dumps(_strict(self.to_dict()), indent=2) + "\n"
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Build the record from `to_dict`'s output; fields of newer versions are ignored."""
         types = {item.name: item.type for item in fields(cls)}
-        values = {name: value for name, value in data.items() if name in types}
-        return cls(
-            **{name: math.nan if value is None and types[name] is float else value for name, value in values.items()}
-        )
+        known = {name: value for name, value in data.items() if name in types}
+        return cls(**{name: _number(value) if types[name] is float else value for name, value in known.items()})
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -224,11 +221,6 @@ class HardeningReport(JsonRecord):
         total = sum(energy for energy, _ in known)
         return sum(energy * share for energy, share in known) / total if total > 0 else math.nan
 
-    @property
-    def edited_parameters(self) -> int:
-        """Number of parameters in the matrices that changed."""
-        return sum(item.shape[0] * item.shape[1] for item in self.tensors if item.rank)
-
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Build the report with its nested records."""
@@ -242,18 +234,17 @@ class HardeningReport(JsonRecord):
             }
         )
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the report to `lox_report.json` in a folder and return its path."""
-        path = Path(folder) / REPORT_NAME
-        path.write_text(self.to_json(), encoding="utf-8")
-        return path
 
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+def _strict(value: Any) -> Any:
+    """Numbers that JSON does not know, in forms it does."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: _strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [_strict(item) for item in value]
     return value
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)

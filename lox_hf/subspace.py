@@ -30,7 +30,7 @@ from lox_hf.inputs import ModelLike, Pair, open_pair
 from lox_hf.parallel import map_tensors
 from lox_hf.records import REPORT_NAME, HardeningReport, TensorPlan, TensorReport
 from lox_hf.version import versions
-from lox_hf.weights.selection import matrix_shape
+from lox_hf.weights.selection import get_pattern_value, matrix_shape, module_name
 from lox_hf.weights.source import WeightSource, listing
 from lox_hf.weights.writer import FolderWriter, output_errors
 
@@ -59,6 +59,13 @@ class SafetySubspace:
     factors: Mapping[str, LowRank]
     config: LoxConfig
     report: HardeningReport
+
+    def __repr__(self) -> str:
+        base = self.report.base.name_or_path if self.report.base else "a base in memory"
+        return (
+            f"SafetySubspace({len(self.factors)} matrices, r={self.config.r}, "
+            f"'{self.report.aligned.name_or_path}' - '{base}')"
+        )
 
     @classmethod
     def from_models(
@@ -256,7 +263,7 @@ class SubspaceFactors:
         if problems:
             raise PairingError(
                 f"The subspace does not fit {aligned.label}: {len(problems)} matrices differ. {listing(problems)} "
-                "Make it again with SafetySubspace.from_models and these settings."
+                f"It was made with r = {self.subspace.config.r}: ask for no more, or make it again."
             )
 
     def prefetch(self, name: str) -> None:
@@ -290,12 +297,13 @@ class SubspaceFactors:
                 problems.append(f"{name}: not in the subspace")
             elif stored.shape != shape:
                 problems.append(f"{name}: {shape} against {stored.shape}")
-            elif not self._deep_enough(stored, self._reports[name], plan.r):
+            elif not self._deep_enough(plan.name, stored, self._reports[name], plan.r):
                 problems.append(f"{name}: r = {plan.r} against {stored.rank} stored directions")
         return problems
 
-    def _deep_enough(self, stored: LowRank, report: TensorReport, r: int | float) -> bool:
-        asked = self.subspace.config.r
+    def _deep_enough(self, name: str, stored: LowRank, report: TensorReport, r: int | float) -> bool:
+        made = self.subspace.config
+        asked = get_pattern_value(made.rank_pattern, module_name(name), made.r)
         complete = isinstance(asked, int) and stored.rank < asked  # dW has no more directions than these
         if isinstance(r, int):
             return r <= stored.rank or complete or stored.rank in (0, min(stored.shape))

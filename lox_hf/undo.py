@@ -4,20 +4,15 @@ The hardened weight minus the part that was added is the aligned weight again bu
 that part are kept, and the few entries where rounding does not come back to where it started.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lox_hf.core.buffers import scratch
-from lox_hf.core.delta import Delta
-from lox_hf.core.lowrank import LowRank
+from lox_hf.core.extrapolate import FullPart, LowRankPart
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
-
-Estimate = Callable[[slice, Tensor], object]
-"""Turns rows of the hardened weight, float32, into those of the aligned weight in place, up to rounding."""
 
 
 @dataclass
@@ -26,7 +21,9 @@ class Undo:
 
     Attributes:
         matrix: View of the live weight.
-        estimate: How the aligned rows follow from the hardened ones.
+        added: What was added to it, up to rounding.
+        name: Checkpoint name of the tensor.
+        number: Number of the matrix in a stack.
         written: Slices of rows that were written.
         corrections: By first row of a slice: positions of words in it that do not round back, and their aligned bits.
         aligned_sum: Checksum of the aligned bits.
@@ -34,7 +31,9 @@ class Undo:
     """
 
     matrix: Tensor
-    estimate: Estimate
+    added: LowRankPart | FullPart
+    name: str = ""
+    number: int = 0
     written: list[slice] = field(default_factory=list)
     corrections: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     aligned_sum: int = 0
@@ -52,6 +51,17 @@ class Undo:
         self.aligned_sum += int(aligned.sum())
         self.hardened_sum += int(self._words(hardened).sum())
         target.copy_(hardened)
+
+    def follow(self, matrix: Tensor) -> bool:
+        """Look at the weight where it is now; False when it is not the same kind of tensor any more."""
+        same = (matrix.shape, matrix.dtype, matrix.device) == (
+            self.matrix.shape,
+            self.matrix.dtype,
+            self.matrix.device,
+        )
+        if same:
+            self.matrix = matrix
+        return same
 
     def unchanged(self) -> bool:
         """Whether the weight is still what was written."""
@@ -77,16 +87,5 @@ class Undo:
 
     def _back(self, part: slice, hardened: Tensor) -> Tensor:
         work = scratch("back", hardened.shape, torch.float32, hardened.device).copy_(hardened)
-        self.estimate(part, work)
+        self.added.take_away(part, work)
         return scratch("returned", hardened.shape, hardened.dtype, hardened.device).copy_(work)
-
-
-def subtract_low_rank(factors: LowRank, alpha: float) -> Estimate:
-    """The way back from `extrapolate`."""
-    left, right = factors.U * (alpha * factors.S), factors.Vh.contiguous()
-    return lambda part, tile: tile.addmm_(left[part], right, alpha=-1)
-
-
-def subtract_full(delta: Delta, alpha: float) -> Estimate:
-    """The way back from `extrapolate_full`: W = (W_hardened + alpha W_base) / (1 + alpha)."""
-    return lambda part, tile: tile.add_(delta.base_rows(part), alpha=alpha).div_(1 + alpha)

@@ -3,7 +3,15 @@
 import argparse
 from pathlib import Path
 
-from lox_hf.cli.options import add_config_options, add_input_options, default_output, make_config, merge_file
+from lox_hf.cli.options import (
+    add_config_options,
+    add_input_options,
+    default_output,
+    describe,
+    load_subspace,
+    make_config,
+    merge_file,
+)
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -24,16 +32,18 @@ def run(options: argparse.Namespace) -> None:
     config = make_config(options)
     output = Path(options.output) if options.output else default_output(options.model, "lox-adapter")
     from lox_hf.adapter import extract_lox_adapter
+    from lox_hf.harden import plan_hardening
 
-    report = extract_lox_adapter(
-        options.model,
-        output,
-        config,
-        revision=options.model_revision,
-        trust_remote_code=bool(options.trust_remote_code),
-        allow_repeat=bool(options.allow_repeat),
-        progressbar=False if options.json else None,
-    )
+    common = {
+        "revision": options.model_revision,
+        "trust_remote_code": bool(options.trust_remote_code),
+        "allow_repeat": bool(options.allow_repeat),
+        "base_model": load_subspace(options),
+    }
+    if not options.json:
+        plan = plan_hardening(options.model, config, output_dir=output, **common)
+        print(describe(options, config, plan, output) + "\n", flush=True)
+    report = extract_lox_adapter(options.model, output, config, progressbar=False if options.json else None, **common)
     if options.json:
         print(report.to_json())
         return
@@ -42,5 +52,6 @@ def run(options: argparse.Namespace) -> None:
         f"{sum(item.rank > 0 for item in report.tensors)} matrices, {parameters:,} parameters, "
         f"in {report.seconds:.1f} s.\n"
         f"The directions hold {report.energy_share:.1%} of the change alignment made.\n"
-        f'Written to {output}: load it with PeftModel.from_pretrained(model, "{output}") on the aligned model.'
+        f'Written to {output}: load it with PeftModel.from_pretrained(model, "{output}") on the aligned model.\n'
+        "LoX raises the cost of losing safety, it does not make a model safe: measure before you publish."
     )

@@ -10,6 +10,7 @@ from lox_hf.cli.options import (
     add_input_options,
     default_output,
     describe,
+    load_subspace,
     make_config,
     merge_file,
 )
@@ -42,8 +43,9 @@ def run(options: argparse.Namespace) -> None:
         "revision": options.model_revision,
         "trust_remote_code": bool(options.trust_remote_code),
         "allow_repeat": bool(options.allow_repeat),
+        "base_model": load_subspace(options),
     }
-    plan = plan_hardening(options.model, config, output_dir=output, **common)
+    plan = plan_hardening(options.model, config, output_dir=None if options.dry_run else output, **common)
     about = describe(options, config, plan, output)
     if options.dry_run:
         print(plan.to_json() if options.json else f"{about}\n\n{plan_table(plan)}")

@@ -11,12 +11,32 @@ from lox_hf.errors import ConfigError
 
 if TYPE_CHECKING:
     from lox_hf.records import HardeningPlan
+    from lox_hf.subspace import SafetySubspace
 
 RENAMED = {"base_model_name_or_path": "--base-model", "revision": "--base-revision"}
 SOURCES = {
     "r": "the paper's main setting, LLaMA-2-7B",
     "alpha": "the paper's main setting, LLaMA-2-7B",
     "target_modules": "every tensor with two or more dims, as the reference does",
+}
+OTHER_SETTINGS = (
+    "exclude_modules",
+    "layers_to_transform",
+    "rank_pattern",
+    "alpha_pattern",
+    "svd",
+    "svd_tol",
+    "cast_base",
+)
+METAVARS = {
+    "r": "N|SHARE|full",
+    "alpha": "ALPHA",
+    "svd": "auto|exact",
+    "layers_to_transform": "N|A-B",
+    "rank_pattern": "NAME=R",
+    "alpha_pattern": "NAME=ALPHA",
+    "target_modules": "NAME",
+    "exclude_modules": "NAME",
 }
 REGEX_SIGNS = re.compile(r"[\\^$*+?{}\[\]|()]")
 
@@ -34,6 +54,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-repeat", action="store_true", default=None, help="accept a model that is hardened already"
     )
+    parser.add_argument("--subspace", metavar="DIR", help="directions that lox-hf subspace saved, in place of a base")
     parser.add_argument("--json", action="store_true", default=None, help="print the record as JSON and nothing else")
 
 
@@ -49,7 +70,9 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
             continue
         default = "" if field.default in (None, MISSING) else f" (default: {field.default})"
         several = "+" if field.name.endswith(("_modules", "_pattern", "_transform")) else None
-        group.add_argument(flag, dest=field.name, metavar="VALUE", help=text + default, nargs=several)
+        group.add_argument(
+            flag, dest=field.name, metavar=METAVARS.get(field.name, "VALUE"), help=text + default, nargs=several
+        )
 
 
 def merge_file(options: argparse.Namespace) -> argparse.Namespace:
@@ -80,8 +103,20 @@ def merge_file(options: argparse.Namespace) -> argparse.Namespace:
         if getattr(options, name) is not None:
             setattr(options, name, str(getattr(options, name)))
     if not options.model:
-        raise ConfigError("No model is named: lox-hf harden MODEL, where MODEL is a folder or a Hub id.")
+        raise ConfigError(
+            "No model is named: put MODEL, a folder or a Hub id, first. An option that takes several values takes "
+            "every word after it; --model MODEL works anywhere."
+        )
     return options
+
+
+def load_subspace(options: argparse.Namespace) -> "SafetySubspace | None":
+    """The subspace named by --subspace; None where none is."""
+    if options.subspace is None:
+        return None
+    from lox_hf.subspace import SafetySubspace
+
+    return SafetySubspace.from_pretrained(options.subspace)
 
 
 def make_config(options: argparse.Namespace) -> LoxConfig:
@@ -116,9 +151,11 @@ def describe(options: argparse.Namespace, config: LoxConfig, plan: "HardeningPla
         "r": setting("r", "full rank" if config.r is None else config.r),
         "alpha": setting("alpha", config.alpha),
         "targets": setting("target_modules", config.target_modules or "all"),
+        **{name: given for name in OTHER_SETTINGS if (given := getattr(config, name)) != getattr(LoxConfig, name)},
         "output": f"{output}{named_output}",
     }
-    return "\n".join(f"{name:<8} {value}" for name, value in rows.items())
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 def default_output(model: str, suffix: str) -> Path:
@@ -214,12 +251,14 @@ def _layers(value: Any) -> list[int]:
 
 def _patterns(name: str, value: Any) -> dict[str, Any]:
     """NAME=VALUE pairs."""
+    pairs: dict[str, Any] = {}
     if isinstance(value, dict):
-        return value
-    pairs = {}
-    for word in value if isinstance(value, list) else [value]:
-        key, sign, number = str(word).rpartition("=")
-        if not sign or not key:
-            raise ConfigError(f"--{name.replace('_', '-')} takes NAME=VALUE, got '{word}'.")
-        pairs[key] = parse_rank(number) if name == "rank_pattern" else _number(name, number, float)
-    return pairs
+        pairs = value
+    else:
+        for word in value if isinstance(value, list) else [value]:
+            key, sign, number = str(word).rpartition("=")
+            if not sign or not key:
+                raise ConfigError(f"--{name.replace('_', '-')} takes NAME=VALUE, got '{word}'.")
+            pairs[key] = number
+    parse = parse_rank if name == "rank_pattern" else lambda number: _number(name, number, float)
+    return {key: parse(number) for key, number in pairs.items()}

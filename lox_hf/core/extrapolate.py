@@ -19,59 +19,86 @@ Sink = Callable[[slice, Tensor], None]
 """Takes finished rows: the slice of rows and a tile in the stored dtype, which is valid only during the call."""
 
 
-def extrapolate(aligned: Tensor, factors: LowRank, alpha: float, sink: Sink) -> None:
-    """Form W_aligned + alpha * U S Vh in row tiles (paper, section 3) and hand every tile to `sink`.
+class LowRankPart:
+    """alpha * U S Vh, added to or taken from rows of a float32 tile.
+
+    Args:
+        factors: U, S, Vh.
+        alpha: Strength.
+    """
+
+    def __init__(self, factors: LowRank, alpha: float) -> None:
+        self.left, self.right = factors.U * (alpha * factors.S), factors.Vh.contiguous()
+
+    def add(self, part: slice, tile: Tensor) -> None:
+        """Turn aligned rows into hardened ones, in place."""
+        tile.addmm_(self.left[part], self.right)
+
+    def take_away(self, part: slice, tile: Tensor) -> None:
+        """Turn hardened rows into aligned ones, in place and up to rounding."""
+        tile.addmm_(self.left[part], self.right, alpha=-1)
+
+
+class FullPart:
+    """alpha * dW, added to or taken from rows of a float32 tile; measures dW on the way.
+
+    Args:
+        delta: dW.
+        alpha: Strength.
+    """
+
+    def __init__(self, delta: Delta, alpha: float) -> None:
+        self.delta, self.alpha, self.energy = delta, alpha, 0.0
+
+    def add(self, part: slice, tile: Tensor) -> None:
+        """Turn aligned rows into hardened ones, in place."""
+        change = scratch("delta", tile.shape, torch.float32, tile.device).copy_(tile).sub_(self.delta.base_rows(part))
+        self.energy += torch.linalg.vector_norm(change).double().square().item()
+        if not math.isfinite(self.energy):
+            raise NumericsError("dW contains NaN or Inf")
+        tile.add_(change, alpha=self.alpha)
+
+    def take_away(self, part: slice, tile: Tensor) -> None:
+        """Turn hardened rows into aligned ones: W = (W_hardened + alpha W_base) / (1 + alpha), up to rounding."""
+        tile.add_(self.delta.base_rows(part), alpha=self.alpha).div_(1 + self.alpha)
+
+
+def extrapolate(aligned: Tensor, added: LowRankPart | FullPart, sink: Sink) -> None:
+    """Form W_aligned + alpha * Proj_k(dW) in row tiles (paper, section 3) and hand every tile to `sink`.
 
     Args:
         aligned: W_aligned, (m, n), any floating dtype; read tile by tile, so a sink may write a tile back over it.
-        factors: Proj_k(dW) of the same shape.
-        alpha: The paper's alpha, the reference's `coef`.
+        added: alpha * Proj_k(dW), or alpha * dW for the full rank (ExPO; the reference's k = 0).
         sink: Receives the rows in the dtype of `aligned`.
-
-    Raises:
-        NumericsError: If a result overflows the stored dtype.
-    """
-    left, right = factors.U * (alpha * factors.S), factors.Vh.contiguous()
-    _write(aligned, lambda part, tile: tile.addmm_(left[part], right), sink)
-
-
-def extrapolate_full(aligned: Tensor, delta: Delta, alpha: float, sink: Sink) -> float:
-    """Form W_aligned + alpha * dW, the full-rank form (ExPO; the reference's k = 0), in row tiles.
-
-    Args:
-        aligned: W_aligned, (m, n), any floating dtype.
-        delta: dW of the same shape.
-        alpha: The paper's alpha, the reference's `coef`.
-        sink: Receives the rows in the dtype of `aligned`.
-
-    Returns:
-        ||dW||_F^2.
 
     Raises:
         NumericsError: If dW contains NaN or Inf, or a result overflows the stored dtype.
     """
-    energy = 0.0
-    changes = delta.tiles()
-
-    def add(part: slice, tile: Tensor) -> None:
-        nonlocal energy
-        change = next(changes)[1]
-        energy += torch.linalg.vector_norm(change).double().square().item()
-        if energy - energy != 0:
-            raise NumericsError("dW contains NaN or Inf")
-        tile.add_(change, alpha=alpha)
-
-    _write(aligned, add, sink)
-    return energy
-
-
-def _write(aligned: Tensor, add: Callable[[slice, Tensor], object], sink: Sink) -> None:
     for part in tile_slices(*aligned.shape):
         rows = aligned[part]
         tile = scratch("sum", rows.shape, torch.float32, rows.device).copy_(rows)
-        add(part, tile)
+        added.add(part, tile)
         _check_range(tile, aligned.dtype)
         sink(part, scratch("rounded", rows.shape, aligned.dtype, rows.device).copy_(tile))
+
+
+def lora_factors(directions: LowRank, alpha: float) -> tuple[Tensor, Tensor]:
+    """The same addition as LoRA factors: alpha * U S Vh = B A, balanced between the two.
+
+    Args:
+        directions: U, S, Vh.
+        alpha: Strength, positive.
+
+    Returns:
+        B (m, k) and A (k, n), float32.
+
+    Raises:
+        NumericsError: If alpha is so large that they overflow.
+    """
+    root = (alpha * directions.S).sqrt()
+    if not root.isfinite().all():
+        raise NumericsError(f"The factors overflow float32: alpha = {alpha} is too large")
+    return directions.U * root, root[:, None] * directions.Vh
 
 
 def _check_range(tile: Tensor, dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from lox_hf.errors import NumericsError
 MAX_STEPS = 80
 SAMPLE_EVERY = 8
 SAMPLE_STEPS = 3
-SAMPLE_MIN_ELEMENTS = 4 * 2**20
+SAMPLE_MIN_ELEMENTS = 2**19
 """In matrices from this size on, a few steps on an eighth of the rows aim the start block and save two full passes."""
 BASIS_BUDGET_BYTES = 8 * 2**20
 """Size at which the Krylov basis is restarted: it bounds the memory, whatever the width of the matrix."""

@@ -45,7 +45,7 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
             f"{type(model).__name__} stores {len(copies)} weights rearranged, so they cannot be edited in place: "
             f"{listing(copies)} Harden the files with harden_checkpoint instead."
         )
-    return {name: views[name] for name in _file_order(state, views)}
+    return _once({name: views[name] for name in _file_order(state, views)})
 
 
 def as_checkpoint(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -164,6 +164,14 @@ def _untied(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict without the second names of tied weights."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     return {name: tensor for name, tensor in state.items() if name not in tied}
+
+
+def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out second names of a weight that is tied by hand, which `all_tied_weights_keys` does not know."""
+    first: dict[tuple[object, ...], str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.numel() or name), name)
+    return {name: tensors[name] for name in first.values()}
 
 
 def _file_order(state: Mapping[str, Tensor], views: Mapping[str, Tensor]) -> list[str]:

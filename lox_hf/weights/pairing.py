@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from lox_hf.config import LoxConfig
 from lox_hf.errors import PairingError
 from lox_hf.records import TensorPlan
-from lox_hf.weights.selection import matches, module_name
+from lox_hf.weights.selection import TIED_HEAD, matches, module_name
 from lox_hf.weights.source import TensorInfo, WeightSource, listing
 
 
@@ -34,6 +34,7 @@ def check_pairs(aligned: WeightSource, base: WeightSource, plans: list[TensorPla
     ]
     problems += [
         f"{name}: {info.shape}, only in base"
+        + (f' [tied head: pass exclude_modules=["{TIED_HEAD}"]]' if module_name(name) == TIED_HEAD else "")
         for name, info in theirs.items()
         if name not in ours and len(info.shape) > 1 and not _excused(name, config)
     ]
@@ -88,5 +89,5 @@ def _is_resized(plan: TensorPlan, ours: Mapping[str, TensorInfo], theirs: Mappin
 
 def _dtype_remedy(theirs: TensorInfo) -> str:
     if _is_floating(theirs) and theirs.dtype is not None and theirs.dtype.itemsize >= 2:
-        return "pass cast_base=True to round the base to the aligned dtype first"
+        return "pass cast_base=True (--cast-base) to round the base to the aligned dtype first"
     return "use a base in the same precision"

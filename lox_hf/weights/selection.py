@@ -108,17 +108,21 @@ def matches(patterns: list[str] | str | None, module: str) -> bool:
     return module in patterns or any(module.endswith(f".{pattern}") for pattern in patterns)
 
 
-def _in_layers(module: str, config: LoxConfig) -> bool:
-    wanted = config.layers_to_transform
-    if wanted is None or wanted == []:
-        return True
+def _layer(module: str, config: LoxConfig) -> int | None:
+    """Number of the layer a module lies in, by PEFT's rule; None outside the layers."""
     patterns = config.layers_pattern or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
         if found:
-            index = int(found.group(1))
-            return index == wanted if isinstance(wanted, int) else index in wanted
-    return False
+            return int(found.group(1))
+    return None
+
+
+def _in_layers(module: str, config: LoxConfig) -> bool:
+    wanted = config.layers_to_transform
+    if wanted is None or wanted == []:
+        return True
+    return _layer(module, config) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
 def get_pattern_value(patterns: Mapping[str, Value] | None, module: str, default: Value) -> Value:
@@ -134,6 +138,7 @@ def _check_patterns(infos: Mapping[str, TensorInfo], plans: list[TensorPlan], co
     matrices = [module_name(name) for name, info in infos.items() if len(info.shape) >= 2]
     problems = _unmatched("target_modules", config.target_modules, modules)
     problems += _unmatched("exclude_modules", config.exclude_modules, [*modules, TIED_HEAD])
+    problems += _missing_layers(config, matrices)
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field) or {}:
             if not any(re.match(rf"(.*\.)?({key})$", module) for module in matrices):
@@ -144,6 +149,16 @@ def _check_patterns(infos: Mapping[str, TensorInfo], plans: list[TensorPlan], co
         raise ConfigError(
             f"The settings do not fit the model: {listing(problems)} Modules are named like {listing(matrices, 8)}"
         )
+
+
+def _missing_layers(config: LoxConfig, modules: list[str]) -> list[str]:
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return []
+    there = {layer for module in modules if (layer := _layer(module, config)) is not None}
+    missing = sorted(set([wanted] if isinstance(wanted, int) else wanted) - there)
+    span = f"the layers are {min(there)} to {max(there)}" if there else "no module lies in numbered layers"
+    return [f"layers_to_transform: there is no layer {', '.join(map(str, missing))}, {span}"] if missing else []
 
 
 def _unmatched(field: str, value: list[str] | str | None, modules: list[str]) -> list[str]:
@@ -179,5 +194,5 @@ def _check_ranks(plans: list[TensorPlan], config: LoxConfig) -> None:
         raise ConfigError(
             "r exceeds the smaller side: "
             + listing(f"{plan.name}: r = {plan.r} against shape {plan.shape}" for plan in wrong)
-            + " Lower r, or pass r=None for the full rank."
+            + " Lower r, or pass r=None (--r full) for the full rank."
         )

@@ -4,6 +4,7 @@ import json
 import mmap
 import os
 import struct
+import sys
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lox_hf.errors import CheckpointError, UnsupportedModelError
+
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else 0
+"""Nothing is written to the mapping, so a file larger than the memory must not be charged to it."""
 
 DTYPES = MappingProxyType(
     {
@@ -72,7 +76,9 @@ class Shard:
                 pass
             self._fd = os.open(path, os.O_RDONLY)  # stays open for read-ahead
             weakref.finalize(self, os.close, self._fd)
-            self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
+            self._map = mmap.mmap(
+                self._fd, 0, flags=mmap.MAP_PRIVATE | NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            )
             self.header_bytes = 8 + struct.unpack("<Q", self._map[:8])[0]
             header = json.loads(self._map[8 : self.header_bytes])
         except (SafetensorError, OSError, ValueError, struct.error) as error:

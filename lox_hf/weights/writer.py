@@ -203,7 +203,12 @@ class FolderWriter:
         Raises:
             OutputError: If the disk is full or read-only.
         """
-        self.write(name, source.read_bytes())
+        file = self.create(name, source.stat().st_size)
+        with source.open("rb") as content:
+            position = 0
+            while piece := content.read(COPY_BYTES):
+                file.write(memoryview(piece), position)
+                position += len(piece)
 
     def publish(self) -> Path:
         """Flush everything to disk and rename the folder to its place.

@@ -8,10 +8,10 @@ from spectra import exact, pair
 from torch import Tensor
 
 from lox_hf.core.delta import Delta
-from lox_hf.core.extrapolate import extrapolate, extrapolate_full
+from lox_hf.core.extrapolate import FullPart, LowRankPart, extrapolate
 from lox_hf.core.lowrank import LowRank, decompose
 from lox_hf.errors import NumericsError
-from lox_hf.undo import Undo, subtract_full, subtract_low_rank
+from lox_hf.undo import Undo
 
 SHAPE = (200, 130)
 VALUES = [0.5, 0.4, 0.3, 0.1, 0.05]
@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def run(aligned: Tensor, factors: LowRank, alpha: float) -> Tensor:
     result = torch.full_like(aligned, float("nan"))
-    extrapolate(aligned, factors, alpha, lambda part, tile: result[part].copy_(tile))
+    extrapolate(aligned, LowRankPart(factors, alpha), lambda part, tile: result[part].copy_(tile))
     return result
 
 
@@ -48,11 +48,12 @@ def test_equals_the_equation_in_float64_rounded_once(dtype: torch.dtype) -> None
 def test_full_rank_is_the_aligned_weight_plus_alpha_times_the_change(dtype: torch.dtype) -> None:
     aligned, base = pair(SHAPE, VALUES, noise=1e-3, dtype=dtype)
     result = torch.full_like(aligned, float("nan"))
-    energy = extrapolate_full(aligned, Delta(aligned, base), 0.7, lambda part, tile: result[part].copy_(tile))
+    full = FullPart(Delta(aligned, base), 0.7)
+    extrapolate(aligned, full, lambda part, tile: result[part].copy_(tile))
     change = aligned.double() - base.double()
     expected = aligned.double() + 0.7 * change
     assert ((result.double() - expected).abs() <= allowed(result, aligned)).all()
-    assert energy == pytest.approx(change.square().sum().item(), rel=1e-5)
+    assert full.energy == pytest.approx(change.square().sum().item(), rel=1e-5)
 
 
 def test_overflow_is_refused_and_a_large_result_is_not() -> None:
@@ -75,12 +76,9 @@ def test_undo_gives_the_bits_back(dtype: torch.dtype, alpha: float, scale: float
     aligned, base = pair((90, 70), [scale, scale / 2], noise=scale / 50, seed=seed, dtype=dtype)
     aligned[0, :3] = torch.tensor([0.0, -0.0, 1e-6])
     delta, weight = Delta(aligned.clone(), base), aligned.clone()
-    factors = decompose(delta, 2).factors
-    undo = Undo(weight, subtract_full(delta, alpha) if full else subtract_low_rank(factors, alpha))
-    if full:
-        extrapolate_full(weight, Delta(weight, base), alpha, undo.write)
-    else:
-        extrapolate(weight, factors, alpha, undo.write)
+    added = FullPart(delta, alpha) if full else LowRankPart(decompose(delta, 2).factors, alpha)
+    undo = Undo(weight, added)
+    extrapolate(weight, added, undo.write)
     assert not torch.equal(weight, aligned)
     assert undo.unchanged() and undo.revert()
     bits = torch.int32 if dtype == torch.float32 else torch.int16
@@ -90,8 +88,8 @@ def test_undo_gives_the_bits_back(dtype: torch.dtype, alpha: float, scale: float
 def test_undo_notices_a_change() -> None:
     aligned, base = pair((90, 70), VALUES)
     factors = decompose(Delta(aligned, base), 2).factors
-    undo = Undo(aligned, subtract_low_rank(factors, 1.0))
-    extrapolate(aligned, factors, 1.0, undo.write)
+    undo = Undo(aligned, LowRankPart(factors, 1.0))
+    extrapolate(aligned, undo.added, undo.write)
     assert undo.unchanged()
     aligned[3, 4] += 1e-3
     assert not undo.unchanged()
