@@ -6,6 +6,7 @@ from pathlib import Path
 from lox_hf.cli.options import (
     add_config_options,
     add_input_options,
+    add_subspace_option,
     default_output,
     describe,
     load_subspace,
@@ -22,6 +23,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Write the hardening as an exact LoRA adapter for the aligned model, which stock PEFT loads.",
     )
     add_input_options(parser)
+    add_subspace_option(parser)
     add_config_options(parser)
     parser.set_defaults(func=run)
 

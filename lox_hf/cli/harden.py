@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lox_hf.cli.options import (
     add_config_options,
     add_input_options,
+    add_subspace_option,
     default_output,
     describe,
     load_subspace,
@@ -27,6 +28,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Write a hardened checkpoint: W + alpha * Proj_r(W - W_base), disk to disk in constant memory.",
     )
     add_input_options(parser)
+    add_subspace_option(parser)
     parser.add_argument("--dry-run", action="store_true", default=None, help="print the plan, write nothing")
     add_config_options(parser)
     parser.set_defaults(func=run)

@@ -54,7 +54,6 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-repeat", action="store_true", default=None, help="accept a model that is hardened already"
     )
-    parser.add_argument("--subspace", metavar="DIR", help="directions that lox-hf subspace saved, in place of a base")
     parser.add_argument("--json", action="store_true", default=None, help="print the record as JSON and nothing else")
 
 
@@ -110,6 +109,11 @@ def merge_file(options: argparse.Namespace) -> argparse.Namespace:
     return options
 
 
+def add_subspace_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that takes saved directions in place of a base."""
+    parser.add_argument("--subspace", metavar="DIR", help="directions that lox-hf subspace saved, in place of a base")
+
+
 def load_subspace(options: argparse.Namespace) -> "SafetySubspace | None":
     """The subspace named by --subspace; None where none is."""
     if options.subspace is None:
@@ -142,7 +146,9 @@ def describe(options: argparse.Namespace, config: LoxConfig, plan: "HardeningPla
         return f"{shown}" if getattr(options, name) is not None else f"{shown} (default: {SOURCES[name]})"
 
     base = plan.base.name_or_path if plan.base else "not needed: the adapter is the change alignment made"
-    if plan.base and plan.base_found_in != "config":
+    if plan.base_found_in == "subspace":
+        base += " (from the subspace)"
+    elif plan.base and plan.base_found_in != "config":
         base += f" (named by {plan.base_found_in} of the aligned model)"
     named_output = "" if options.output else " (named after the aligned model)"
     rows = {
