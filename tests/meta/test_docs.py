@@ -121,3 +121,10 @@ def test_public_name_has_a_docstring_with_an_example(name: str) -> None:
     # An exception is raised for the user, not by them: its docstring says when, and needs no example.
     if not (inspect.isclass(public := getattr(lox_hf, name)) and issubclass(public, Exception)):
         assert ">>> " in documentation, f"the docstring of {name} has no example"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/paper_index.md", "benchmarks/README.md"])
+def test_no_placeholder_is_left(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert not re.findall(r"^[A-Z][A-Z_]{3,}$", text, flags=re.MULTILINE)
+    assert re.findall(r"^[A-Z][A-Z_]{3,}$", "a\nBENCH_TABLE\nb", flags=re.MULTILINE)  # control
