@@ -10,15 +10,14 @@ from lox_hf.config import LoxConfig
 from lox_hf.core.delta import Delta
 from lox_hf.core.extrapolate import FullPart, LowRankPart
 from lox_hf.core.lowrank import Decomposition
-from lox_hf.edit import Directions, check_something_changed, edit_tensor, matrices, report_warnings
+from lox_hf.edit import Directions, edit_tensor, matrices
 from lox_hf.errors import ConfigError, LoxError
-from lox_hf.inputs import HasFactors, ModelLike, Pair, open_pair
+from lox_hf.inputs import HasFactors, ModelLike, Pair, make_report, open_pair
 from lox_hf.lora import adapter_report, harden_lora, is_peft_model, revert_lora
 from lox_hf.parallel import map_tensors
 from lox_hf.provenance import STAMP, stamp
 from lox_hf.records import HardeningReport, TensorPlan, TensorReport
 from lox_hf.undo import Undo
-from lox_hf.version import versions
 from lox_hf.weights.live import live_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -97,8 +96,7 @@ def apply_lox(
     undos: list[Undo] = []
     try:
         reports = _edit(pair, undos, progressbar)
-        check_something_changed(reports, pair.aligned.source.label, "the base")
-        _remember(model, pair, undos, reports, time.perf_counter() - started)
+        _remember(model, pair, undos, make_report(pair, reports, time.perf_counter() - started))
     except BaseException:
         for undo in undos:
             undo.revert()
@@ -215,19 +213,7 @@ def _edit(pair: Pair, undos: list[Undo], progressbar: bool | None) -> tuple[Tens
     return tuple(report for reports in results for report in reports)
 
 
-def _remember(
-    model: nn.Module, pair: Pair, undos: list[Undo], reports: tuple[TensorReport, ...], seconds: float
-) -> None:
-    report = HardeningReport(
-        aligned=pair.aligned.reference,
-        base=pair.factors.reference,
-        config=pair.config.to_dict(),
-        tensors=reports,
-        copied=sum(not plan.edit for plan in pair.plans),
-        seconds=seconds,
-        versions=versions(),
-        warnings=report_warnings(reports, pair.plans),
-    )
+def _remember(model: nn.Module, pair: Pair, undos: list[Undo], report: HardeningReport) -> None:
     before = getattr(getattr(model, "config", None), STAMP, None)
     _set_stamp(model, stamp(pair.config, pair.aligned.reference, pair.factors.reference))
     setattr(model, RECORD, _Record(undos, before, report, getattr(model, RECORD, None)))

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from lox_hf.adapter_files import harden_adapter, plan_adapter
 from lox_hf.config import CONFIG_NAME, LoxConfig
-from lox_hf.edit import check_something_changed, edit_tensor, report_warnings
+from lox_hf.edit import edit_tensor
 from lox_hf.errors import CheckpointError
 from lox_hf.hub_files import CHECKPOINT_FILES, resolve
-from lox_hf.inputs import HasFactors, ModelLike, Pair, open_pair
+from lox_hf.inputs import HasFactors, ModelLike, Pair, make_report, open_pair
 from lox_hf.parallel import map_tensors
 from lox_hf.provenance import STAMP, stamp
 from lox_hf.records import REPORT_NAME, HardeningPlan, HardeningReport, TensorPlan, TensorReport
-from lox_hf.version import versions
 from lox_hf.weights.folder import MODEL_CONFIG, is_adapter, model_config, side_files
 from lox_hf.weights.selection import matrix_shape
 from lox_hf.weights.shard import Shard
@@ -96,18 +95,7 @@ def harden_checkpoint(
     writer.check(plan.total_bytes, _inputs(pair))
     with writer:
         reports = _write_weights(pair, writer, progressbar, num_workers)
-        check_something_changed(reports, pair.aligned.source.label, "the base")
-        report = HardeningReport(
-            aligned=pair.aligned.reference,
-            base=pair.factors.reference,
-            config=pair.config.to_dict(),
-            tensors=reports,
-            copied=sum(not item.edit for item in pair.plans),
-            output=str(output_dir),
-            seconds=time.perf_counter() - started,
-            versions=versions(),
-            warnings=report_warnings(reports, pair.plans),
-        )
+        report = make_report(pair, reports, time.perf_counter() - started, str(output_dir))
         _write_side_files(pair, plan, writer, report)
         writer.publish()
     return report

@@ -9,11 +9,12 @@ from typing import Protocol, TypeAlias, runtime_checkable
 from torch import Tensor, nn
 
 from lox_hf.config import ALL_LINEAR, LoxConfig
-from lox_hf.edit import BaseFactors, FactorSource
+from lox_hf.edit import BaseFactors, FactorSource, check_something_changed, report_warnings
 from lox_hf.errors import CheckpointError, ConfigError
 from lox_hf.hub_files import BASE_FILES, CHECKPOINT_FILES, Resolved, fetch_file, resolve
 from lox_hf.provenance import STAMP, check_not_hardened
-from lox_hf.records import HardeningReport, ModelReference, TensorPlan
+from lox_hf.records import HardeningReport, ModelReference, TensorPlan, TensorReport
+from lox_hf.version import versions
 from lox_hf.weights.folder import CARD, check_dense, check_roles, model_config, named_base
 from lox_hf.weights.live import as_checkpoint, linear_modules, live_tensors, meta_model
 from lox_hf.weights.selection import select
@@ -127,6 +128,35 @@ def open_pair(
     plans = select(ours.source.infos(), config, linear)
     factors.check(ours.source, plans, config)
     return Pair(ours, factors, plans, config, theirs.files if theirs else None, found_in)
+
+
+def make_report(pair: Pair, reports: tuple[TensorReport, ...], seconds: float, output: str = "") -> HardeningReport:
+    """Put the reports of all matrices together.
+
+    Args:
+        pair: What was hardened.
+        reports: One report per matrix.
+        seconds: Wall time.
+        output: Folder that is written; empty for a model in memory.
+
+    Returns:
+        The report.
+
+    Raises:
+        PairingError: If no matrix differs from the base.
+    """
+    check_something_changed(reports, pair.aligned.source.label, "the base")
+    return HardeningReport(
+        aligned=pair.aligned.reference,
+        base=pair.factors.reference,
+        config=pair.config.to_dict(),
+        tensors=reports,
+        copied=sum(not plan.edit for plan in pair.plans),
+        output=output,
+        seconds=seconds,
+        versions=versions(),
+        warnings=report_warnings(reports, pair.plans),
+    )
 
 
 def open_side(

@@ -17,19 +17,16 @@ from lox_hf.core.delta import Delta
 from lox_hf.core.lowrank import Decomposition, LowRank
 from lox_hf.edit import (
     FactorSource,
-    check_something_changed,
     matrices,
     matrix_names,
     naming,
-    report_warnings,
     tensor_report,
 )
 from lox_hf.errors import CheckpointError, ConfigError, PairingError
 from lox_hf.hub_files import fetch_file, push_folder, resolve
-from lox_hf.inputs import ModelLike, Pair, open_pair
+from lox_hf.inputs import ModelLike, Pair, make_report, open_pair
 from lox_hf.parallel import map_tensors
 from lox_hf.records import REPORT_NAME, HardeningReport, TensorPlan, TensorReport
-from lox_hf.version import versions
 from lox_hf.weights.selection import get_pattern_value, matrix_shape, module_name
 from lox_hf.weights.source import WeightSource, listing
 from lox_hf.weights.writer import FolderWriter, output_errors
@@ -140,17 +137,7 @@ class SafetySubspace:
         )
         found = [item for items in results for item in items]
         reports = tuple(report for _, report in found)
-        check_something_changed(reports, source.label, "the base")
-        report = HardeningReport(
-            aligned=pair.aligned.reference,
-            base=pair.factors.reference,
-            config=pair.config.to_dict(),
-            tensors=reports,
-            copied=len(pair.plans) - len(edited),
-            seconds=time.perf_counter() - started,
-            versions=versions(),
-            warnings=report_warnings(reports, pair.plans),
-        )
+        report = make_report(pair, reports, time.perf_counter() - started)
         return cls({item.name: directions.factors for directions, item in found}, pair.config, report)
 
     def factor_source(self) -> FactorSource:

@@ -7,9 +7,9 @@ from lox_hf.cli.options import (
     add_config_options,
     add_input_options,
     add_subspace_option,
+    call_options,
     default_output,
     describe,
-    load_subspace,
     make_config,
     merge_file,
 )
@@ -36,12 +36,7 @@ def run(options: argparse.Namespace) -> None:
     from lox_hf.adapter import extract_lox_adapter
     from lox_hf.harden import plan_hardening
 
-    common = {
-        "revision": options.model_revision,
-        "trust_remote_code": bool(options.trust_remote_code),
-        "allow_repeat": bool(options.allow_repeat),
-        "base_model": load_subspace(options),
-    }
+    common = call_options(options)
     if not options.json:
         plan = plan_hardening(options.model, config, output_dir=output, **common)
         print(describe(options, config, plan, output) + "\n", flush=True)

@@ -9,9 +9,9 @@ from lox_hf.cli.options import (
     add_config_options,
     add_input_options,
     add_subspace_option,
+    call_options,
     default_output,
     describe,
-    load_subspace,
     make_config,
     merge_file,
 )
@@ -41,12 +41,7 @@ def run(options: argparse.Namespace) -> None:
     output = Path(options.output) if options.output else default_output(options.model, "lox")
     from lox_hf.harden import harden_checkpoint, plan_hardening
 
-    common = {
-        "revision": options.model_revision,
-        "trust_remote_code": bool(options.trust_remote_code),
-        "allow_repeat": bool(options.allow_repeat),
-        "base_model": load_subspace(options),
-    }
+    common = call_options(options)
     plan = plan_hardening(options.model, config, output_dir=None if options.dry_run else output, **common)
     about = describe(options, config, plan, output)
     if options.dry_run:

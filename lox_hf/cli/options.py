@@ -4,7 +4,7 @@ import argparse
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from lox_hf.config import ALL_LINEAR, LoxConfig
 from lox_hf.errors import ConfigError
@@ -38,6 +38,17 @@ METAVARS = {
     "target_modules": "NAME",
     "exclude_modules": "NAME",
 }
+
+
+class CallOptions(TypedDict):
+    """Arguments that planning and doing share."""
+
+    revision: str | None
+    trust_remote_code: bool
+    allow_repeat: bool
+    base_model: "SafetySubspace | None"
+
+
 REGEX_SIGNS = re.compile(r"[\\^$*+?{}\[\]|()]")
 
 
@@ -114,13 +125,19 @@ def add_subspace_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subspace", metavar="DIR", help="directions that lox-hf subspace saved, in place of a base")
 
 
-def load_subspace(options: argparse.Namespace) -> "SafetySubspace | None":
-    """The subspace named by --subspace; None where none is."""
-    if options.subspace is None:
-        return None
-    from lox_hf.subspace import SafetySubspace
+def call_options(options: argparse.Namespace) -> "CallOptions":
+    """What planning and doing are both told."""
+    base = None
+    if options.subspace is not None:
+        from lox_hf.subspace import SafetySubspace
 
-    return SafetySubspace.from_pretrained(options.subspace)
+        base = SafetySubspace.from_pretrained(options.subspace)
+    return {
+        "revision": options.model_revision,
+        "trust_remote_code": bool(options.trust_remote_code),
+        "allow_repeat": bool(options.allow_repeat),
+        "base_model": base,
+    }
 
 
 def make_config(options: argparse.Namespace) -> LoxConfig:

@@ -40,8 +40,7 @@ def run(options: argparse.Namespace) -> None:
         print(report.to_json())
         return
     print(
-        f"{len(subspace.factors)} matrices of {options.model} against {report.base.name_or_path if report.base else 'base'} "
-        f"decomposed in {report.seconds:.1f} s, r = {subspace.config.r}.\n"
+        f"{len(subspace.factors)} matrices decomposed in {report.seconds:.1f} s: {subspace!r}.\n"
         f"The directions hold {report.energy_share:.1%} of the change alignment made.\n"
         f'Written to {output}: pass base_model=SafetySubspace.from_pretrained("{output}") to apply_lox.'
     )
