@@ -13,7 +13,7 @@ from lox_hf.config import LoxConfig
 from lox_hf.core.delta import Delta
 from lox_hf.core.extrapolate import FullPart, LowRankPart, extrapolate
 from lox_hf.core.lowrank import Decomposition, LowRank, decompose
-from lox_hf.errors import NumericsError, PairingError
+from lox_hf.errors import ConfigError, NumericsError, PairingError
 from lox_hf.records import ModelReference, TensorPlan, TensorReport
 from lox_hf.weights.pairing import check_pairs
 from lox_hf.weights.selection import matrix_shape
@@ -86,7 +86,8 @@ class BaseFactors:
     def find(self, plan: TensorPlan, number: int, aligned: Tensor) -> Decomposition:
         """Decompose dW of one matrix."""
         config = self.config
-        assert plan.r is not None, "the full rank is not decomposed"
+        if plan.r is None:
+            raise ConfigError(f"{plan.name}: the full rank (r=None) has no directions to find.")
         return decompose(
             self.delta(plan, number, aligned), plan.r, svd=config.svd, tol=config.svd_tol, seed=config.seed
         )

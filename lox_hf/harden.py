@@ -257,7 +257,8 @@ def _shards(pair: Pair) -> list[Shard]:
 
 
 def _folder(pair: Pair) -> Path:
-    assert pair.aligned.files is not None, "a checkpoint has a folder"
+    if pair.aligned.files is None:
+        raise CheckpointError("harden_checkpoint works on files; for a model in memory use apply_lox.")
     return pair.aligned.files.folder
 
 

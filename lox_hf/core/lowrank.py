@@ -169,22 +169,6 @@ def exact(delta: Delta, k: int) -> Decomposition:
     return Decomposition(factors, energy, next_s, 0.0, 0, "exact" if energy > 0 else "zero")
 
 
-def exact_low_rank(delta: Tensor, k: int) -> LowRank:
-    """Return the exact top k directions of a matrix that is already in memory.
-
-    Args:
-        delta: (m, n), any floating dtype.
-        k: Number of directions.
-
-    Returns:
-        The factors in float32.
-
-    Raises:
-        NumericsError: If the matrix contains NaN or Inf.
-    """
-    return exact(Delta(delta, torch.zeros_like(delta)), k).factors
-
-
 def from_lora(lora_b: Tensor, lora_a: Tensor, scaling: float) -> Decomposition:
     """Decompose dW = scaling * B A without forming it: QR of both factors and the SVD of a small core.
 
