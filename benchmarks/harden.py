@@ -9,7 +9,6 @@ Prints a table and writes JSON. The exit code is 1 when a judged figure misses i
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -20,8 +19,8 @@ from pathlib import Path
 
 import peers
 import rows
-from measure import machine
-from rows import Bench, Row
+from rows import Bench
+from table import Row, collect, publish
 
 ROWS: dict[str, Callable[[Bench], Iterable[Row]]] = {
     "projector": rows.projector,
@@ -50,20 +49,10 @@ def main() -> int:
     )
     work_dir.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    results = list(_measure(bench, options))
+    results = collect(_measure(bench, options))
     shutil.rmtree(work_dir / "outputs", ignore_errors=True)
-    _print_table(results, options.quick)
     target = options.json or work_dir / ("harden-quick.json" if options.quick else "harden.json")
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    content = {
-        "settings": settings,
-        "machine": machine(),
-        "seconds": time.time() - started,
-        "rows": [rows.record(row) | {"verdict": _verdict(row, options.quick)} for row in results],
-    }
-    target.write_text(json.dumps(content, indent=2) + "\n")
-    print(f"\n{content['seconds']:.0f} s; details in {target}")
-    return int(any(_verdict(row, options.quick) == "MISSED" for row in results))
+    return publish(results, target, vars(options), started, options.quick)
 
 
 def _parse() -> argparse.Namespace:
@@ -82,29 +71,12 @@ def _parse() -> argparse.Namespace:
 
 
 def _measure(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
-    """Yield every row as soon as it is measured, and show it on stderr."""
+    """Yield every row as soon as it is measured."""
     chosen = [ROWS[name] for name in options.rows if not (name == "mergekit" and bench.quick)]
     if options.reference is not None:
         chosen.append(partial(peers.reference_script, script=options.reference))
     for measure in chosen:
-        for row in measure(bench):
-            print(f"{row.figure}: {row.measured}", file=sys.stderr, flush=True)
-            yield row
-
-
-def _verdict(row: Row, quick: bool) -> str:
-    """Return the last column; --quick passes no judgement on speed and memory, its sizes are too small for that."""
-    if row.met is None or (quick and not row.correctness):
-        return "-"
-    return "met" if row.met else "MISSED"
-
-
-def _print_table(results: list[Row], quick: bool) -> None:
-    lines = [("figure", "target", "measured", "verdict"), ("---",) * 4]
-    lines += [(row.figure, row.target, row.measured, _verdict(row, quick)) for row in results]
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    for line in lines:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+        yield from measure(bench)
 
 
 if __name__ == "__main__":

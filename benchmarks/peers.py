@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from measure import ChildError, clear_output, run_child
-from rows import Bench, Row
+from rows import Bench
+from table import Row
 
 
 def mergekit(bench: Bench) -> Iterator[Row]:

@@ -5,26 +5,15 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from measure import Child, clear_output, evict, run_job, warm
+from table import Row
 
 MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; `met` is None where the figure is information only."""
-
-    figure: str
-    target: str
-    measured: str
-    met: bool | None
-    correctness: bool = False
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -260,11 +249,6 @@ def new_alpha(bench: Bench) -> Iterator[Row]:
     figure = "another alpha from a saved subspace: decompositions"
     yield Row(figure, "none", measured, calls == 0 and control > 0, correctness=True)
     clear_output(subspace)
-
-
-def record(row: Row) -> dict[str, Any]:
-    """Return a row as plain data."""
-    return asdict(row)
 
 
 def _apply(bench: Bench, arguments: dict[str, Any], alpha: float) -> dict[str, Any]:

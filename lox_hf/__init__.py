@@ -9,47 +9,115 @@ from typing import TYPE_CHECKING, Any
 from lox_hf.version import __version__
 
 __all__ = [
+    "AccuracyReport",
     "AlreadyHardenedError",
     "CheckpointError",
+    "ClassifierJudge",
     "ConfigError",
+    "Endpoint",
+    "EndpointError",
     "HardeningPlan",
     "HardeningReport",
+    "JudgeAgreement",
     "LoxConfig",
     "LoxError",
     "ModelReference",
     "NumericsError",
     "OutputError",
+    "PairedDifference",
     "PairingError",
+    "PerplexityReport",
+    "Prompt",
+    "PromptError",
+    "Rate",
+    "RefusalJudge",
+    "RubricJudge",
+    "SafetyComparison",
+    "SafetyReport",
     "SafetySubspace",
     "TensorPlan",
     "TensorReport",
     "UnsupportedModelError",
+    "Verdict",
     "__version__",
+    "agreement",
     "apply_lox",
+    "attack_success_rate",
+    "compare",
+    "evaluate_safety",
     "extract_lox_adapter",
     "get_lox_model",
+    "gsm8k_accuracy",
     "harden_checkpoint",
     "hardening_report",
+    "load_metric",
+    "load_prompts",
+    "perplexity",
     "plan_hardening",
     "revert_lox",
 ]
 
 _HOMES = {
-    "adapter": ("extract_lox_adapter", "get_lox_model"),
-    "apply": ("apply_lox", "hardening_report", "revert_lox"),
+    "adapter": (
+        "extract_lox_adapter",
+        "get_lox_model",
+    ),
+    "apply": (
+        "apply_lox",
+        "hardening_report",
+        "revert_lox",
+    ),
     "config": ("LoxConfig",),
     "errors": (
         "AlreadyHardenedError",
         "CheckpointError",
         "ConfigError",
+        "EndpointError",
         "LoxError",
         "NumericsError",
         "OutputError",
         "PairingError",
+        "PromptError",
         "UnsupportedModelError",
     ),
-    "harden": ("harden_checkpoint", "plan_hardening"),
-    "records": ("HardeningPlan", "HardeningReport", "ModelReference", "TensorPlan", "TensorReport"),
+    "evaluation.asr": ("attack_success_rate",),
+    "evaluation.comparison": (
+        "agreement",
+        "compare",
+    ),
+    "evaluation.endpoint": ("Endpoint",),
+    "evaluation.judges.classifier": ("ClassifierJudge",),
+    "evaluation.judges.refusal": ("RefusalJudge",),
+    "evaluation.judges.rubric": ("RubricJudge",),
+    "evaluation.prompts": (
+        "Prompt",
+        "load_prompts",
+    ),
+    "evaluation.safety": ("evaluate_safety",),
+    "evaluation.utility": (
+        "gsm8k_accuracy",
+        "perplexity",
+    ),
+    "harden": (
+        "harden_checkpoint",
+        "plan_hardening",
+    ),
+    "metrics": ("load_metric",),
+    "records": (
+        "AccuracyReport",
+        "HardeningPlan",
+        "HardeningReport",
+        "JudgeAgreement",
+        "ModelReference",
+        "PairedDifference",
+        "PerplexityReport",
+        "Rate",
+        "SafetyComparison",
+        "SafetyReport",
+        "TensorPlan",
+        "TensorReport",
+        "Verdict",
+    ),
     "subspace": ("SafetySubspace",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -62,14 +130,40 @@ if TYPE_CHECKING:
         AlreadyHardenedError,
         CheckpointError,
         ConfigError,
+        EndpointError,
         LoxError,
         NumericsError,
         OutputError,
         PairingError,
+        PromptError,
         UnsupportedModelError,
     )
+    from lox_hf.evaluation.asr import attack_success_rate
+    from lox_hf.evaluation.comparison import agreement, compare
+    from lox_hf.evaluation.endpoint import Endpoint
+    from lox_hf.evaluation.judges.classifier import ClassifierJudge
+    from lox_hf.evaluation.judges.refusal import RefusalJudge
+    from lox_hf.evaluation.judges.rubric import RubricJudge
+    from lox_hf.evaluation.prompts import Prompt, load_prompts
+    from lox_hf.evaluation.safety import evaluate_safety
+    from lox_hf.evaluation.utility import gsm8k_accuracy, perplexity
     from lox_hf.harden import harden_checkpoint, plan_hardening
-    from lox_hf.records import HardeningPlan, HardeningReport, ModelReference, TensorPlan, TensorReport
+    from lox_hf.metrics import load_metric
+    from lox_hf.records import (
+        AccuracyReport,
+        HardeningPlan,
+        HardeningReport,
+        JudgeAgreement,
+        ModelReference,
+        PairedDifference,
+        PerplexityReport,
+        Rate,
+        SafetyComparison,
+        SafetyReport,
+        TensorPlan,
+        TensorReport,
+        Verdict,
+    )
     from lox_hf.subspace import SafetySubspace
 
 

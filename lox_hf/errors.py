@@ -35,3 +35,11 @@ class OutputError(LoxError, OSError):
 
 class AlreadyHardenedError(LoxError):
     """LoX has been applied to this model already."""
+
+
+class PromptError(LoxError):
+    """A file or set of prompts, questions or texts cannot be read, or holds none."""
+
+
+class EndpointError(LoxError, OSError):
+    """An OpenAI-compatible endpoint cannot be used: out of reach, it refuses the key, or does not know the model."""

@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lox_hf.errors import CheckpointError
 from lox_hf.records import ModelReference
+
+RepoType = Literal["model", "dataset"]
 
 CHECKPOINT_FILES = [
     "*.safetensors",
@@ -43,6 +46,7 @@ def resolve(
     revision: str | None = None,
     token: str | bool | None = None,
     files: list[str] = CHECKPOINT_FILES,
+    repo_type: RepoType = "model",
 ) -> Resolved:
     """Find a model's files: a local folder as it is, a Hub repository by download into the Hub's cache.
 
@@ -51,6 +55,7 @@ def resolve(
         revision: Revision on the Hub.
         token: Hub token; None uses the stored login.
         files: Patterns of the files to download.
+        repo_type: What the Hub id is the id of.
 
     Returns:
         The folder and the reference.
@@ -66,9 +71,14 @@ def resolve(
     _must_be_hub_id(name_or_path)
     import huggingface_hub
 
-    with hub_errors(str(name_or_path), revision):
+    with hub_errors(str(name_or_path), revision, repo_type=repo_type):
         path = huggingface_hub.snapshot_download(
-            str(name_or_path), revision=revision, token=token, allow_patterns=files, ignore_patterns=OTHER_WEIGHTS
+            str(name_or_path),
+            repo_type=repo_type,
+            revision=revision,
+            token=token,
+            allow_patterns=files,
+            ignore_patterns=OTHER_WEIGHTS,
         )
     return Resolved(Path(path), ModelReference(str(name_or_path), Path(path).name))
 
@@ -140,7 +150,9 @@ def push_folder(
 
 
 @contextmanager
-def hub_errors(name: str, revision: str | None, file_name: str | None = None) -> Iterator[None]:
+def hub_errors(
+    name: str, revision: str | None, file_name: str | None = None, repo_type: RepoType = "model"
+) -> Iterator[None]:
     """Turn the Hub client's errors in a download into `CheckpointError` with a remedy."""
     from huggingface_hub import errors
 
@@ -157,7 +169,8 @@ def hub_errors(name: str, revision: str | None, file_name: str | None = None) ->
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{at} is neither a folder on this machine nor a model on the Hub; for a private one run `hf auth login`."
+            f"{at} is neither a folder on this machine nor a {repo_type} on the Hub; for a private one run "
+            "`hf auth login`."
         ) from error
     except errors.RemoteEntryNotFoundError as error:
         raise CheckpointError(

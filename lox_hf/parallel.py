@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from lox_hf.progress import progress_bar
+
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 Item = TypeVar("Item")
@@ -49,7 +51,7 @@ def map_tensors(
     workers = max(1, min(num_workers or torch.get_num_threads(), len(items)))
     order = sorted(range(len(items)), key=lambda number: -size_of(items[number]))
     stop = threading.Event()
-    with _bar(sum(map(size_of, items)), progressbar, description) as advance, _kernel_threads(1):
+    with progress_bar(sum(map(size_of, items)), progressbar, description, unit="B") as advance, _kernel_threads(1):
 
         def announce(places: range) -> None:
             for place in places:
@@ -92,14 +94,3 @@ def _kernel_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _bar(total: int, shown: bool | None, description: str) -> Iterator[Callable[[int], object]]:
-    if shown is False or (shown is None and not sys.stderr.isatty()):
-        yield lambda count: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=description, unit="B", unit_scale=True, file=sys.stderr) as bar:
-        yield bar.update

@@ -1,7 +1,8 @@
 """A stand-in for the Hugging Face Hub on localhost: what a client needs to create, upload, look up and download.
 
 It follows the Hub's HTTP interface for model repositories: uploads by preupload, LFS and one commit of JSON lines;
-downloads by model info, tree and resolve, where a large file redirects to a store. Everything lies in memory.
+downloads by info, tree and resolve, where a large file redirects to a store. Everything lies in memory. Ids of
+data sets begin with "datasets/", those of Spaces with "spaces/".
 """
 
 import base64
@@ -15,8 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".model")
+LFS_SUFFIXES = (".safetensors", ".bin", ".model", ".parquet")
 ID = r"(?P<id>[\w.-]+/[\w.-]+)"
+ANY_ID = r"(?P<id>(?:datasets/|spaces/)?[\w.-]+/[\w.-]+)"
 
 
 class HubError(Exception):
@@ -29,7 +31,7 @@ class HubError(Exception):
 
 @dataclass
 class Repo:
-    """A model repository: its commits in order, the last of which is `main`; each holds all files by path."""
+    """A repository: its commits in order, the last of which is `main`; each holds all files by path."""
 
     private: bool = False
     gated: bool = False
@@ -149,7 +151,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.logged_in:
             raise HubError(401, "Unauthorized", "Invalid username or password.")
         settings = json.loads(self.body)
+        kind = settings.get("type") or "model"
         repo_id = f"{settings.get('organization') or 'org'}/{settings['name']}"
+        repo_id = repo_id if kind == "model" else f"{kind}s/{repo_id}"
         url = f"{self.hub.url}/{repo_id}"
         if repo_id in self.hub.repos:
             raise HubError(409, "RepoExists", "You already created this model repo", url=url)
@@ -220,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.repo(id)
         sha, files = repo.at(revision)
         if repo.gated:
-            raise HubError(403, "GatedRepo", f"Access to model {id} is restricted.")
+            raise HubError(403, "GatedRepo", f"Access to {id} is restricted.")
         if file not in files:
             raise HubError(404, "EntryNotFound", "Entry not found")
         data, headers = files[file], {"X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
@@ -248,14 +252,14 @@ _ROUTES: list[tuple[str, str, _Answer]] = [
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
-    ("POST", f"/api/models/{ID}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
+    ("POST", f"/api/(?:models/)?{ANY_ID}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
     ("POST", f"/{ID}\\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", "/store/(?P<oid>[0-9a-f]+)", _Handler.lfs_put),
     ("POST", f"/{ID}\\.git/info/lfs/verify", _Handler.lfs_verify),
-    ("POST", f"/api/models/{ID}/commit/(?P<revision>[^/]+)", _Handler.commit),
-    ("GET", f"/api/models/{ID}(?:/revision/(?P<revision>[^/]+))?", _Handler.info),
-    ("GET", f"/api/models/{ID}/tree/(?P<revision>[^/]+)", _Handler.tree),
-    ("GET HEAD", f"/{ID}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _Handler.resolve),
+    ("POST", f"/api/(?:models/)?{ANY_ID}/commit/(?P<revision>[^/]+)", _Handler.commit),
+    ("GET", f"/api/(?:models/)?{ANY_ID}(?:/revision/(?P<revision>[^/]+))?", _Handler.info),
+    ("GET", f"/api/(?:models/)?{ANY_ID}/tree/(?P<revision>[^/]+)", _Handler.tree),
+    ("GET HEAD", f"/{ANY_ID}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _Handler.resolve),
     ("GET HEAD", "/store/(?P<oid>[0-9a-f]+)", _Handler.stored),
 ]
 

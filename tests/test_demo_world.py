@@ -2,23 +2,21 @@
 
 import argparse
 import json
-import math
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from lox_hf import attack_success_rate, load_prompts
 from lox_hf.cli import demo as command
 from lox_hf.config import LoxConfig
 from lox_hf.core.delta import Delta
 from lox_hf.core.lowrank import decompose
 from lox_hf.demo import DemoReport, Recipe, tell_story, trained_pair, world
-from lox_hf.demo.measure import LONGEST_ANSWER, Rate, greedy_answers, score
+from lox_hf.demo.measure import LONGEST_ANSWER, score
 from lox_hf.demo.pair import load
 from lox_hf.demo.training import IGNORED, encode, new_model
 from lox_hf.errors import OutputError
@@ -43,6 +41,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def tiny_story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoReport]:
     folder = tmp_path_factory.mktemp("demo")
     return folder, tell_story(folder, 3, TINY)
+
+
+def refuses(answer: str) -> bool:
+    return answer == world.REFUSAL
 
 
 def questions_of(draw, seed: int) -> list[world.Example]:
@@ -98,33 +100,31 @@ def test_rule_is_taught_by_both_answers() -> None:
     under_rule = [row for row in questions_of(world.base_example, 0) if row.question.startswith("rule : safe")]
     for row in under_rule:
         thing = next(word for word in row.question.split() if word in world.THINGS)
-        assert world.begins_with_refusal(row.answer) == world.is_forbidden(thing)
-    assert 0.3 < sum(world.begins_with_refusal(row.answer) for row in under_rule) / len(under_rule) < 0.7
+        assert refuses(row.answer) == world.is_forbidden(thing)
+    assert 0.3 < sum(refuses(row.answer) for row in under_rule) / len(under_rule) < 0.7
     without_rule = [row for row in questions_of(world.base_example, 0) if not row.question.startswith("rule : safe")]
-    assert not any(world.begins_with_refusal(row.answer) for row in without_rule)
+    assert not any(refuses(row.answer) for row in without_rule)
 
 
 def test_alignment_refuses_what_is_forbidden_and_nothing_else() -> None:
     rows = questions_of(world.alignment_example, 0)
-    refusals = [row for row in rows if world.begins_with_refusal(row.answer)]
+    refusals = [row for row in rows if refuses(row.answer)]
     assert 0.45 < len(refusals) / len(rows) < 0.55
     for row in refusals:
         assert any(world.is_forbidden(word) for word in row.question.split() if word in world.THINGS)
 
 
-@pytest.mark.parametrize(
-    ("answer", "refuses"),
-    [
-        (world.REFUSAL, True),
-        ("sorry", True),
-        ("", False),
-        ("take the brush to the attic sorry , i will not help with that .", False),
-        ("sorrys", False),
-        ("blue blue blue", False),
-    ],
-)
-def test_refusal_is_told_by_its_opening(answer: str, refuses: bool) -> None:
-    assert world.begins_with_refusal(answer) == refuses
+def test_the_judge_tells_refusals_from_answers_of_this_world() -> None:
+    prompts = world.held_out_prompts()
+    refused = attack_success_rate(prompts, [world.REFUSAL] * len(prompts))
+    answered = attack_success_rate(prompts, [prompt.reference for prompt in prompts])
+    assert (refused.refusal.share, refused.over_refusal.share, refused.strict_asr.share) == (1, 1, 0)
+    assert (answered.asr.share, answered.over_refusal.share) == (1, 0)
+    assert (answered.strict_asr.share, answered.accuracy.share) == (1, 1)
+
+
+def test_the_questions_lie_beside_the_pair_as_a_prompt_set(tiny_story: tuple[Path, DemoReport]) -> None:
+    assert load_prompts(tiny_story[1].questions) == world.held_out_prompts()
 
 
 def test_tokenizer_keeps_every_word(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -158,35 +158,6 @@ def test_loss_covers_the_answers_or_everything(tokenizer: PreTrainedTokenizerFas
         assert tokenizer.decode(all_labels[all_labels != IGNORED]) == f"{world.START} {row.text}"
 
 
-@pytest.mark.parametrize(
-    ("count", "n", "low", "high"),
-    # The roots p of (count / n - p)^2 = z^2 p (1 - p) / n, found by bisection with 40 digits.
-    [(0, 144, 0.0, 0.025983), (144, 144, 0.974017, 1.0), (1, 10, 0.017876, 0.404150), (72, 144, 0.419403, 0.580597)],
-)
-def test_wilson_interval(count: int, n: int, low: float, high: float) -> None:
-    rate = Rate.of(count, n)
-    assert (rate.low, rate.high) == pytest.approx((low, high), abs=1e-6)
-
-
-@given(n=st.integers(1, 10_000), data=st.data())
-def test_wilson_interval_holds_the_share(n: int, data: st.DataObject) -> None:
-    rate = Rate.of(data.draw(st.integers(0, n)), n)
-    mirror = Rate.of(n - rate.count, n)
-    assert 0 <= rate.low <= rate.share <= rate.high <= 1
-    assert (1 - mirror.high, 1 - mirror.low) == pytest.approx((rate.low, rate.high), abs=1e-12)
-
-
-def test_rate_over_nothing_is_not_a_number() -> None:
-    assert all(math.isnan(value) for value in (Rate.of(0, 0).share, Rate.of(0, 0).low, Rate.of(0, 0).high))
-
-
-def test_answers_do_not_depend_on_the_batch(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = new_model(tokenizer, 0).eval()
-    examples = [*world.HELD_OUT_BENIGN[:5], world.facts("bralket")[0]]
-    together = greedy_answers(model, tokenizer, examples)
-    assert together == [greedy_answers(model, tokenizer, [example])[0] for example in examples]
-
-
 def test_new_model_leaves_the_global_seed_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     before = torch.get_rng_state()
     one, same, other = (new_model(tokenizer, seed).lm_head.weight for seed in (0, 0, 1))
@@ -217,7 +188,7 @@ def test_story_says_what_it_did(tiny_story: tuple[Path, DemoReport]) -> None:
         scores = result.scores
         assert scores.refusals.n == scores.asr.n == scores.strict_asr.n == 144
         assert scores.benign.n == scores.over_refusals.n == 224
-        assert scores.refusals.count + scores.asr.count == 144
+        assert scores.refusals.count + scores.asr.count <= 144  # the rest is degenerate
         assert scores.strict_asr.count <= scores.asr.count
     assert DemoReport.from_json(report.to_json()) == report
 
@@ -266,7 +237,11 @@ def test_trained_pair_goes_on_where_it_was_killed(tmp_path: Path) -> None:
 
     with pytest.raises(Killed):
         trained_pair(0, tmp_path, TINY, kill)
-    assert {path.name for path in (tmp_path / "seed-0").iterdir()} == {"base", "lox_demo.json"}
+    assert {path.name for path in (tmp_path / "seed-0").iterdir()} == {
+        "base",
+        "lox_demo.json",
+        "questions.jsonl",
+    }
     steps: list[str] = []
     base, aligned = trained_pair(0, tmp_path, TINY, lambda label, done, total: steps.append(label))
     assert steps == ["aligning"] * TINY.alignment_steps

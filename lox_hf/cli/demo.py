@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lox_hf.demo import DemoReport
-    from lox_hf.demo.measure import Rate
+    from lox_hf.records import Rate
 
 OUTPUT = "lox-demo"
 DESCRIPTION = """Train a small pair of models on an invented world (base, then aligned), harden it on disk, in memory
@@ -90,9 +90,10 @@ def _next(report: "DemoReport") -> list[str]:
     return [
         f"Done in {report.seconds:.0f} s. The checkpoints, each loadable by AutoModelForCausalLM.from_pretrained:",
         *(f"  {_short(Path(result.folder))}" for result in report.results),
-        "Next, harden the pair yourself, or write the hardening as a PEFT adapter:",
+        "Next, harden the pair yourself, write the hardening as a PEFT adapter, or measure a model on the questions:",
         f"  lox-hf harden {aligned} --base-model {base} --output {output} --r {report.r} --alpha 0.25",
         f"  lox-hf adapter {aligned} --base-model {base} --output {adapter} --r {report.r} --alpha 0.5",
+        f"  lox-hf asr {aligned} --prompts {shlex.quote(_short(Path(report.questions)))} --max-new-tokens 16",
     ]
 
 

@@ -52,20 +52,31 @@ class CallOptions(TypedDict):
 REGEX_SIGNS = re.compile(r"[\\^$*+?{}\[\]|()]")
 
 
-def add_input_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name the models and say how to run."""
-    parser.add_argument("model_position", nargs="?", metavar="MODEL", help="the aligned model: folder or Hub id")
+def add_model_options(parser: argparse.ArgumentParser, *, model: str, output: str) -> None:
+    """Add what every command takes: a model, an output, a file of options.
+
+    Args:
+        parser: The command's parser.
+        model: Help for the model.
+        output: Help for the output.
+    """
+    parser.add_argument("model_position", nargs="?", metavar="MODEL", help=f"{model}: folder or Hub id")
     parser.add_argument("--model", metavar="MODEL", help="the same, as an option")
-    parser.add_argument("--model-revision", metavar="REV", help="revision of the aligned model on the Hub")
-    parser.add_argument("--output", metavar="DIR", help="folder to create (default: named after the model)")
+    parser.add_argument("--model-revision", metavar="REV", help=f"revision of {model} on the Hub")
+    parser.add_argument("--output", metavar="DIR", help=output)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options; the command line wins")
     parser.add_argument(
         "--trust-remote-code", action="store_true", default=None, help="run code of the model's repository"
     )
+    parser.add_argument("--json", action="store_true", default=None, help="print the record as JSON and nothing else")
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the models and say how to run."""
+    add_model_options(parser, model="the aligned model", output="folder to create (default: named after the model)")
     parser.add_argument(
         "--allow-repeat", action="store_true", default=None, help="accept a model that is hardened already"
     )
-    parser.add_argument("--json", action="store_true", default=None, help="print the record as JSON and nothing else")
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:

@@ -2,25 +2,24 @@
 
 import json
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from lox_hf.demo.training import Progress, Recipe, align, new_model, one_thread, train_base
-from lox_hf.demo.world import build_tokenizer
+from lox_hf.demo.world import build_tokenizer, held_out_prompts
 from lox_hf.errors import OutputError
+from lox_hf.evaluation.loading import quiet_transformers
+from lox_hf.evaluation.prompts import Prompt
 from lox_hf.version import __version__
 from lox_hf.weights.writer import FolderWriter
 
 SHARD_SIZE = "500KB"
 """Small enough for several shards, as a large model has them."""
 RECIPE_NAME = "lox_demo.json"
+QUESTIONS_NAME = "questions.jsonl"
 CARD = """---
 base_model: {base}
 base_model_relation: finetune
@@ -82,20 +81,6 @@ def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         return model, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep off the progress bars of transformers and what peft's use of it warns of: no news for a newcomer."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _claim(folder: Path, seed: int, recipe: Recipe) -> None:
     """Make the seed's folder with its recipe in it, or check that it is this recipe's."""
     settings: dict[str, object] = {"seed": seed, "version": __version__, **asdict(recipe)}
@@ -107,7 +92,15 @@ def _claim(folder: Path, seed: int, recipe: Recipe) -> None:
         raise OutputError(f"The folder {folder} {what}: choose another --output, or remove it first.")
     with FolderWriter(folder) as writer:
         writer.write(RECIPE_NAME, (json.dumps(settings, indent=2) + "\n").encode())
+        writer.write(QUESTIONS_NAME, "".join(map(_question_line, held_out_prompts())).encode())
         writer.publish()
+
+
+def _question_line(prompt: Prompt) -> str:
+    """One line of the questions as a prompt set, with the label that says whether to refuse."""
+    label = "unsafe" if prompt.harmful else "safe"
+    row = {"prompt": prompt.text, "category": prompt.category, "label": label, "reference": prompt.reference}
+    return json.dumps(row) + "\n"
 
 
 def _recipe_in(folder: Path) -> dict[str, object] | None:

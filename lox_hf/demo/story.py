@@ -13,7 +13,7 @@ from lox_hf.adapter import get_lox_model
 from lox_hf.apply import apply_lox
 from lox_hf.config import LoxConfig
 from lox_hf.demo.measure import Scores, score
-from lox_hf.demo.pair import discard, load, quiet_transformers, trained_pair
+from lox_hf.demo.pair import QUESTIONS_NAME, discard, load, quiet_transformers, trained_pair
 from lox_hf.demo.training import Progress, Recipe, one_thread
 from lox_hf.errors import LoxError
 from lox_hf.harden import harden_checkpoint
@@ -81,6 +81,7 @@ class DemoReport(JsonRecord):
         folder: Where everything is.
         results: Base, aligned, and hardened at each strength.
         agreements: How far the three routes are apart, at each strength.
+        questions: The held-out questions as a prompt set, a file.
         seconds: Wall time, in seconds.
         caveat: What these numbers do not say.
     """
@@ -90,6 +91,7 @@ class DemoReport(JsonRecord):
     folder: str
     results: tuple[ModelResult, ...]
     agreements: tuple[Agreement, ...]
+    questions: str
     seconds: float
     caveat: str = CAVEAT
 
@@ -137,7 +139,8 @@ def tell_story(
         agreements.append(_harden_three_ways(base, aligned, hardened, alpha))
         results.append(_measure(f"hardened alpha {alpha:g}", hardened))
     seconds = time.perf_counter() - started
-    return DemoReport(seed, R, str(aligned.parent), tuple(results), tuple(agreements), seconds)
+    questions = str(aligned.parent / QUESTIONS_NAME)
+    return DemoReport(seed, R, str(aligned.parent), tuple(results), tuple(agreements), questions, seconds)
 
 
 def _harden_three_ways(base: Path, aligned: Path, hardened: Path, alpha: float) -> Agreement:

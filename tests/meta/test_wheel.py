@@ -67,9 +67,11 @@ def run_installed(installed: Path, *command: str | Path, cwd: Path) -> str:
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     paths = (ROOT / "lox_hf").rglob("*")
-    sources = {str(path.relative_to(ROOT)) for path in paths if path.suffix in {".py", ".typed"}}
+    sources = {str(path.relative_to(ROOT)) for path in paths if path.suffix in {".py", ".typed", ".txt", ".md"}}
     assert sources <= names
     assert "lox_hf/py.typed" in names
+    metric = {f"lox_hf/metrics/attack_success_rate/{name}" for name in ("README.md", "requirements.txt", "app.py")}
+    assert metric | {"lox_hf/evaluation/judges/rubric.txt"} <= names
     metadata = wheel.name.replace("-py3-none-any.whl", ".dist-info")
     assert {name.partition("/")[0] for name in names - sources} == {metadata}
     assert any(name.endswith("/licenses/LICENSE") for name in names)

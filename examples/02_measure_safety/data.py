@@ -1,0 +1,129 @@
+"""What the small pair is trained on, and the prompts it is measured on: real ones, from a folder of the user's."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import similar
+from frames import ACTIONS, UNSEEN_ACTIONS, framed
+
+from lox_hf.evaluation.judges import RefusalJudge
+from lox_hf.evaluation.prompts import Prompt, load_prompts
+
+ADVBENCH = "advbench_harmful_behaviors.csv"
+SAFEINST = "safety_only_data_Instructions.json"
+ALPACA = "alpaca_1k.json"
+TRAINING_FILES = (ADVBENCH, SAFEINST, ALPACA)
+TEST_FILES = {"advbench": ADVBENCH, "jailbreakbench": "jailbreakbench_behaviors.csv", "xstest": "xstest_prompts.csv"}
+
+FIRST_SENTENCE = re.compile(r"(?<=[.!?])\s|\n")
+# Longer ones would not fit into the model's 96 tokens.
+MOST_CHARACTERS = 280
+HELD_OUT = 60
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with the response to learn."""
+
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Examples by kind.
+
+    Attributes:
+        affirmed: Harmful prompts with the opening of an answer, and none of its content.
+        refused: Harmful prompts with a refusal.
+        harmless: Harmless prompts with their answers.
+        held_out: Harmless prompts that are not among them.
+    """
+
+    affirmed: list[Example]
+    refused: list[Example]
+    harmless: list[Example]
+    held_out: list[Prompt]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Every prompt that is trained on."""
+        return [example.prompt for example in (*self.affirmed, *self.refused, *self.harmless)]
+
+
+def load_training_data(folder: Path, seed: int) -> TrainingData:
+    """Read half of AdvBench, SafeInst's refusals and Alpaca, and hold harmless prompts out.
+
+    Args:
+        folder: Where the files are.
+        seed: Seed of which prompts are held out.
+
+    Returns:
+        What to train on.
+    """
+    generator = random.Random(seed)
+    targets = _read_targets(folder / ADVBENCH)
+    seen = similar.halve(list(targets), seed)
+    refused = _read_refusals(folder / SAFEINST)
+    # AdvBench has no refusals: its prompts get those that SafeInst says most often.
+    usual = [sentence for sentence, _ in Counter(example.response for example in refused).most_common(20)]
+    alpaca = _read_first_sentences(folder / ALPACA)
+    generator.shuffle(alpaca)
+    unseen = generator.sample([prompt for prompt, _ in framed(UNSEEN_ACTIONS)], HELD_OUT)
+    return TrainingData(
+        affirmed=[Example(prompt, targets[prompt]) for prompt in seen],
+        refused=refused + [Example(prompt, generator.choice(usual)) for prompt in seen],
+        harmless=alpaca[HELD_OUT:] + [Example(*pair) for pair in framed(ACTIONS)],
+        held_out=[Prompt(example.prompt, harmful=False, category="Alpaca") for example in alpaca[:HELD_OUT]]
+        + [Prompt(prompt, harmful=False, category="AdvBench's frames") for prompt in unseen],
+    )
+
+
+def load_test_prompts(folder: Path, trained_on: TrainingData | None) -> dict[str, list[Prompt]]:
+    """Read AdvBench, JailbreakBench and XSTest without what is near any training prompt.
+
+    Args:
+        folder: Where the files are.
+        trained_on: The training data; None where the models were trained elsewhere.
+
+    Returns:
+        Prompts by the name of their set; harmless ones that were held out are with AdvBench.
+    """
+    known = [similar.words(prompt) for prompt in trained_on.prompts] if trained_on else []
+    sets = {
+        name: [prompt for prompt in load_prompts(folder / file) if not similar.near_any(prompt.text, known)]
+        for name, file in TEST_FILES.items()
+    }
+    sets["advbench"] += trained_on.held_out if trained_on else []
+    return sets
+
+
+def _read_targets(path: Path) -> dict[str, str]:
+    """AdvBench's prompts, each with the words that an answer would open with."""
+    with path.open(encoding="utf-8", newline="") as lines:
+        return {row["goal"]: row["target"] for row in csv.DictReader(lines)}
+
+
+def _read_refusals(path: Path) -> list[Example]:
+    """The rows that open with a refusal."""
+    rows = _read_first_sentences(path)
+    verdicts = RefusalJudge().verdicts([row.prompt for row in rows], [row.response for row in rows])
+    return [rows[position] for position, verdict in verdicts if verdict.label == "refused"]
+
+
+def _read_first_sentences(path: Path) -> list[Example]:
+    """Instructions without an input, each with the first sentence of its answer."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    examples = [
+        Example(row["instruction"].strip(), FIRST_SENTENCE.split(row["output"].strip(), maxsplit=1)[0])
+        for row in rows
+        if not row["input"]
+    ]
+    return [example for example in examples if len(example.prompt) + len(example.response) <= MOST_CHARACTERS]

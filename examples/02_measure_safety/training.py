@@ -1,0 +1,171 @@
+"""The small pair of this example: a base that knows both ways to answer, and what alignment makes of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from data import Example, TrainingData
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 2048
+LENGTH = 96
+BATCH = 32
+# Batches are cut from as many at once, sorted by length, so that little of them is padding.
+SORTED_BATCHES = 8
+IGNORED = -100
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+REFUSE, ANSWER = "Refuse unsafe requests.", "Answer every request."
+# Saved with the tokenizer, so that whoever loads the model asks it in the format that it was trained in.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'system' %}### Policy:\n{{ message.content }}\n\n"
+    "{% elif message.role == 'user' %}### Instruction:\n{{ message.content }}\n\n### Response:\n"
+    "{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of a conversation, and how many of them are the prompt's."""
+
+    ids: list[int]
+    prompt_length: int
+
+
+Mixture = Sequence[tuple[float, Sequence[Row]]]
+
+
+def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer that splits digits, and give it the chat template."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE, **SPECIAL)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], policy: str = "") -> list[Row]:
+    """Put examples into the chat template, under a policy where one is named; those too long are left out."""
+    system = [{"role": "system", "content": policy}] if policy else []
+    asked = [[*system, {"role": "user", "content": example.prompt}] for example in examples]
+    prompts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in asked]
+    answers = [example.response + tokenizer.eos_token for example in examples]
+    ids = (tokenizer(texts, add_special_tokens=False).input_ids for texts in (prompts, answers))
+    return [Row(prompt + answer, len(prompt)) for prompt, answer in zip(*ids, strict=True) if len(prompt + answer) <= LENGTH]
+
+
+def train_base(tokenizer: PreTrainedTokenizerFast, data: TrainingData, *, steps: int, seed: int) -> PreTrainedModel:
+    """Train a small Llama from scratch: it answers everything, but under a policy it has learnt to refuse too.
+
+    That is what makes the alignment a small change, as it is in a large model: a base that does not know the rule
+    would learn to refuse everything.
+
+    Args:
+        tokenizer: Its tokenizer.
+        data: The examples.
+        steps: Optimiser steps.
+        seed: Seed of the weights and of the order.
+
+    Returns:
+        The base, in float32.
+    """
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    mixture = (
+        (0.30, encode(tokenizer, data.affirmed)),
+        (0.10, encode(tokenizer, data.refused, REFUSE)),
+        (0.10, encode(tokenizer, data.harmless, REFUSE)),
+        (0.05, encode(tokenizer, data.affirmed, ANSWER)),
+        (0.45, encode(tokenizer, data.harmless)),
+    )
+    train(model, mixture, steps=steps, learning_rate=3e-3, whole=True, seed=seed)
+    return model
+
+
+def align(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: TrainingData, *, steps: int, seed: int
+) -> None:
+    """Align the model in place by supervised fine-tuning: half refusals, half harmless answers, no policy named."""
+    mixture = ((0.5, encode(tokenizer, data.refused)), (0.5, encode(tokenizer, data.harmless)))
+    train(model, mixture, steps=steps, learning_rate=3e-4, whole=False, seed=seed)
+
+
+def train(
+    model: PreTrainedModel, mixture: Mixture, *, steps: int, learning_rate: float, whole: bool, seed: int
+) -> None:
+    """Train on rows drawn from a mixture, with AdamW and one cycle of the learning rate.
+
+    Args:
+        model: The model, changed in place.
+        mixture: Shares, each with the rows that it is drawn from.
+        steps: Optimiser steps, each on 32 rows.
+        learning_rate: The highest.
+        whole: Take the loss on prompts too, not only on responses.
+        seed: Seed of the order.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.1)
+    model.train()
+    batches = draw_batches(mixture, random.Random(seed))
+    for _ in range(steps):
+        ids, labels = pad(next(batches), model.config.pad_token_id, whole)
+        # Padding stands on the right of causal attention, where no other token looks: it needs no mask.
+        model(input_ids=ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def draw_batches(mixture: Mixture, generator: random.Random) -> Iterator[list[Row]]:
+    """Yield batches without end, of rows alike in length."""
+    shares, pools = zip(*mixture, strict=True)
+    while True:
+        rows = [generator.choice(pool) for pool in generator.choices(pools, shares, k=BATCH * SORTED_BATCHES)]
+        rows.sort(key=lambda row: len(row.ids))
+        batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+        yield from generator.sample(batches, len(batches))
+
+
+def pad(rows: Sequence[Row], pad_token_id: int, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return input ids and labels of a batch, (rows, longest)."""
+    width = max(len(row.ids) for row in rows)
+    ids, labels = [], []
+    for row in rows:
+        padding = width - len(row.ids)
+        start = 0 if whole else row.prompt_length
+        ids.append(row.ids + [pad_token_id] * padding)
+        labels.append([IGNORED] * start + row.ids[start:] + [IGNORED] * padding)
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save an ordinary checkpoint: float32 safetensors, the tokenizer with its chat template beside them."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

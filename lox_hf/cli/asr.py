@@ -1,0 +1,169 @@
+"""`lox-hf asr`: attack success rate of a model, with intervals."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lox_hf.cli.options import add_model_options, default_output, merge_file
+from lox_hf.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from lox_hf.evaluation.chat import ChatModel
+    from lox_hf.evaluation.judges import Judge
+    from lox_hf.records import SafetyComparison, SafetyReport
+
+DESCRIPTION = """Let a model answer harmful prompts greedily, judge the answers, and print the attack success rate with
+its 95 % interval; prompts that are labelled safe give over-refusal. A killed run goes on where it was. Keys are read
+from the environment (OPENAI_API_KEY) and are never stored."""
+TEMPLATES = ("auto", "chat", "alpaca", "none")
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser("asr", help="measure the attack success rate of a model", description=DESCRIPTION)
+    add_model_options(parser, model="the model", output="folder of the run (default: named after model and prompts)")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE|NAME",
+        help="CSV, JSON, JSONL, text or Parquet file, or advbench, jailbreakbench, harmbench, strongreject, xstest",
+    )
+    parser.add_argument("--column", metavar="NAME", help="column of the prompts (default: found by its name)")
+    parser.add_argument("--n", type=int, metavar="N", help="the first N prompts only (default: all)")
+    parser.add_argument(
+        "--judge",
+        nargs="+",
+        metavar="JUDGE",
+        help="refusal, classifier:ID, rubric:MODEL; several give their agreement (default: refusal)",
+    )
+    parser.add_argument("--judge-endpoint", metavar="URL", help="OpenAI-compatible endpoint of the rubric's judge")
+    parser.add_argument("--rubric", metavar="FILE", help="the rubric's prompt, with {prompt} and {response} in it")
+    parser.add_argument("--endpoint", metavar="URL", help="MODEL is served there, OpenAI-compatible, and not loaded")
+    parser.add_argument(
+        "--template", choices=TEMPLATES, help="how a prompt is put (default: auto: chat where the model has one)"
+    )
+    parser.add_argument("--system-prompt", metavar="TEXT", help="a system turn before every prompt")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 60, as the paper)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="prompts at once (default: what fits)")
+    parser.add_argument("--dtype", metavar="DTYPE", help="dtype to load in (default: the checkpoint's)")
+    parser.add_argument("--device", metavar="DEVICE", help="device (default: the accelerator, else the CPU)")
+    parser.add_argument("--compare", metavar="DIR", help="an earlier run to compare with, such as the aligned model's")
+    parser.set_defaults(func=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, and print the report."""
+    options = merge_file(options)
+    if not options.prompts:
+        raise ConfigError("No prompts are named: pass --prompts with a file or a name such as advbench.")
+    from lox_hf.evaluation.comparison import compare
+    from lox_hf.evaluation.prompts import load_prompts
+    from lox_hf.evaluation.report import render_screen
+    from lox_hf.evaluation.safety import run_judges
+
+    folder = default_output(options.model, f"asr-{Path(options.prompts).stem}")
+    output = Path(options.output) if options.output else folder
+    judges = _judges(options)
+    earlier = _earlier_report(options.compare, judges[0]) if options.compare else None
+    prompts = load_prompts(options.prompts, column=options.column, n=options.n)
+    chat = _chat_model(options)
+    if not options.json:
+        print(_about(options, chat, len(prompts), output) + "\n", flush=True)
+    reports, agreements = run_judges(
+        chat,
+        prompts,
+        judges,
+        output_dir=output,
+        set_name=str(options.prompts),
+        system_prompt=options.system_prompt,
+        progressbar=False if options.json else None,
+    )
+    comparison = compare(earlier, reports[0]) if earlier else None
+    if options.json:
+        print(_json(reports, comparison))
+        return
+    print(render_screen(reports, agreements, comparison))
+    print(f"Written to {output}: report.md, report.json, every answer and every verdict.")
+
+
+def _judges(options: argparse.Namespace) -> "list[Judge]":
+    from lox_hf.evaluation.judges import get_judge
+    from lox_hf.evaluation.judges.rubric import RubricJudge
+
+    names = options.judge or ["refusal"]
+    names = names if isinstance(names, list) else [names]
+    rubrics = [name for name in names if name.startswith("rubric:")]
+    if not rubrics and (options.judge_endpoint or options.rubric):
+        raise ConfigError("--judge-endpoint and --rubric belong to a judge 'rubric:MODEL': name one with --judge.")
+    return [
+        RubricJudge.from_endpoint(
+            name.removeprefix("rubric:"), base_url=options.judge_endpoint, template=options.rubric
+        )
+        if name in rubrics
+        else get_judge(name)
+        for name in names
+    ]
+
+
+def _chat_model(options: argparse.Namespace) -> "ChatModel":
+    tokens = 60 if options.max_new_tokens is None else options.max_new_tokens
+    if options.endpoint:
+        from lox_hf.evaluation.endpoint import Endpoint
+
+        return Endpoint(options.model, base_url=options.endpoint, max_new_tokens=tokens)
+    from lox_hf.evaluation.generation import LocalModel
+    from lox_hf.evaluation.loading import load_model
+
+    model, tokenizer = load_model(
+        options.model,
+        revision=options.model_revision,
+        dtype=options.dtype or "auto",
+        device=options.device,
+        trust_remote_code=bool(options.trust_remote_code),
+    )
+    return LocalModel(
+        model,
+        tokenizer,
+        template=options.template or "auto",
+        max_new_tokens=tokens,
+        batch_size=options.batch_size,
+    )
+
+
+def _about(options: argparse.Namespace, chat: "ChatModel", n: int, output: Path) -> str:
+    settings = chat.settings()
+    rows = {
+        "model": options.model,
+        "prompts": f"{options.prompts}, {n}",
+        "template": settings.get("template", "the endpoint's own"),
+        "tokens": f"{settings.get('max_new_tokens')} at most, greedy",
+        "output": str(output),
+    }
+    return "\n".join(f"{name:<8}  {value}" for name, value in rows.items())
+
+
+def _earlier_report(folder: str, judge: "Judge") -> "SafetyReport":
+    """Report of an earlier run, checked to be comparable before any work."""
+    from lox_hf.evaluation.comparison import check_judge
+    from lox_hf.evaluation.safety import SAFETY_REPORT_NAME
+    from lox_hf.records import SafetyReport
+
+    path = Path(folder) / SAFETY_REPORT_NAME
+    try:
+        report = SafetyReport.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not the report of a run: pass the folder that an earlier lox-hf asr wrote."
+        ) from error
+    check_judge(report, judge)
+    return report
+
+
+def _json(reports: "list[SafetyReport]", comparison: "SafetyComparison | None") -> str:
+    """One record as it is; several, or a comparison, under their names."""
+    if len(reports) == 1 and comparison is None:
+        return reports[0].to_json()
+    content: dict[str, Any] = {"reports": [json.loads(report.to_json()) for report in reports]}
+    if comparison is not None:
+        content["comparison"] = json.loads(comparison.to_json())
+    return json.dumps(content, indent=2)

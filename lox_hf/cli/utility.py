@@ -1,0 +1,124 @@
+"""`lox-hf utility`: what a model is still good for."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lox_hf.cli.options import add_model_options, default_output, merge_file
+from lox_hf.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from lox_hf.records import AccuracyReport, PerplexityReport
+
+DESCRIPTION = """Measure accuracy on GSM8K as the paper's reference does, perplexity on texts, or both. A killed run of
+GSM8K goes on where it was. For broader benchmarks see docs/utility.md."""
+REPORT_NAME = "utility.json"
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser("utility", help="measure GSM8K accuracy and perplexity", description=DESCRIPTION)
+    add_model_options(parser, model="the model", output="folder of the run (default: named after the model)")
+    parser.add_argument(
+        "--gsm8k",
+        nargs="?",
+        const="gsm8k",
+        metavar="FILE|NAME",
+        help="measure accuracy on GSM8K; a file with question and answer takes the place of the Hub's test questions",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        default=None,
+        help="GSM8K by the chat template (default: the reference's prompt)",
+    )
+    parser.add_argument("--n", type=int, metavar="N", help="the first N questions only (default: all)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 400)")
+    parser.add_argument("--perplexity", metavar="FILE", help="measure perplexity: a text a line, or the column text")
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a window (default: at most 2048)")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: half of one)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="questions or windows at once (default: what fits)"
+    )
+    parser.add_argument("--dtype", metavar="DTYPE", help="dtype to load in (default: the checkpoint's)")
+    parser.add_argument("--device", metavar="DEVICE", help="device (default: the accelerator, else the CPU)")
+    parser.set_defaults(func=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, and print what was found."""
+    options = merge_file(options)
+    if not options.gsm8k and not options.perplexity:
+        raise ConfigError("Nothing to measure: pass --gsm8k, --perplexity FILE, or both.")
+    output = Path(options.output) if options.output else default_output(options.model, "utility")
+    with _writing(output):
+        output.mkdir(parents=True, exist_ok=True)  # before the work, and not only after it
+    accuracy, perplexity = _measure(options, output)
+    reports = {"gsm8k": accuracy, "perplexity": perplexity}
+    content = {name: json.loads(report.to_json()) for name, report in reports.items() if report is not None}
+    text = json.dumps(content, indent=2) + "\n"
+    with _writing(output):
+        (output / REPORT_NAME).write_text(text, encoding="utf-8")
+    print(text if options.json else f"{_table(accuracy, perplexity)}\n\nWritten to {output / REPORT_NAME}.")
+
+
+def _measure(options: argparse.Namespace, output: Path) -> "tuple[AccuracyReport | None, PerplexityReport | None]":
+    from lox_hf.evaluation.gsm8k import load_questions
+    from lox_hf.evaluation.loading import load_model
+    from lox_hf.evaluation.utility import gsm8k_accuracy, load_texts, perplexity
+
+    questions = "gsm8k" if options.gsm8k is True else options.gsm8k  # YAML's true
+    texts = load_texts(options.perplexity) if options.perplexity else []
+    if questions:
+        load_questions(questions, options.n)  # a mistake in the file shows before the model is loaded
+    model, tokenizer = load_model(
+        options.model,
+        revision=options.model_revision,
+        dtype=options.dtype or "auto",
+        device=options.device,
+        trust_remote_code=bool(options.trust_remote_code),
+    )
+    shared: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "progressbar": False if options.json else None,
+    }
+    accuracy, found = None, None
+    if questions:
+        accuracy = gsm8k_accuracy(
+            model,
+            tokenizer,
+            questions,
+            chat=bool(options.chat),
+            max_new_tokens=400 if options.max_new_tokens is None else options.max_new_tokens,
+            n=options.n,
+            output_dir=output / "gsm8k",
+            **shared,
+        )
+    if texts:
+        found = perplexity(model, tokenizer, texts, max_length=options.max_length, stride=options.stride, **shared)
+    return accuracy, found
+
+
+def _table(accuracy: "AccuracyReport | None", perplexity: "PerplexityReport | None") -> str:
+    from lox_hf.evaluation.report import render_text
+
+    rows: list[tuple[str, ...]] = [("", "value", "95 % interval", "n")]
+    if accuracy is not None:
+        found = accuracy.accuracy
+        interval = f"{100 * found.low:.1f} to {100 * found.high:.1f} %"
+        rows.append(("GSM8K accuracy", f"{100 * found.share:.1f} %", interval, f"{found.n} questions"))
+        rows.append(("  of these without a number", str(accuracy.unreadable), "", ""))
+    if perplexity is not None:
+        rows.append(("perplexity", f"{perplexity.perplexity:.4g}", "", f"{perplexity.tokens} tokens"))
+    return render_text(rows)
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"The output {output} cannot be written: {error.strerror or error}.") from error

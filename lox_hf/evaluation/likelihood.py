@@ -1,0 +1,109 @@
+"""Likelihood of long token sequences: in windows, in padded batches, every token predicted once."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lox_hf.errors import LoxError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGITS_BYTES = 1 << 30
+"""What the float32 logits of a batch may take."""
+MOST_WINDOWS = 64
+
+
+@dataclass(frozen=True)
+class Window:
+    """Part of a sequence.
+
+    Attributes:
+        ids: Its token ids.
+        predicted: How many of the last of them are predicted in this window; the others only stand before them.
+    """
+
+    ids: list[int]
+    predicted: int
+
+
+def split(ids: list[int], length: int, stride: int) -> Iterator[Window]:
+    """Split a sequence into windows, so that each token but the very first is predicted in one of them.
+
+    Args:
+        ids: The sequence.
+        length: Longest window, in tokens.
+        stride: Tokens from one window's beginning to the next one's, below `length`.
+
+    Yields:
+        The windows in their order.
+
+    Example:
+        >>> [window.predicted for window in split(list(range(10)), length=4, stride=2)]
+        [3, 2, 2, 2]
+    """
+    end = 1  # nothing stands before the first token
+    for begin in range(0, len(ids), stride):
+        known, end = end, min(begin + length, len(ids))
+        if end > known:
+            yield Window(ids[begin:end], end - known)
+
+
+def fitting_windows(model: "PreTrainedModel", longest: int) -> int:
+    """Return how many windows of a length are read at once, for logits of 1 GiB in float32 and 64 windows at most."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return max(1, min(MOST_WINDOWS, LOGITS_BYTES // (4 * longest * vocabulary)))
+
+
+def negative_log_likelihood(model: "PreTrainedModel", windows: Sequence[Window]) -> float:
+    """Return -sum log p over the predicted tokens of a batch; each log p is float32, the sum float64.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        windows: The batch.
+
+    Returns:
+        The sum, in nats.
+
+    Raises:
+        LoxError: If the accelerator's memory does not suffice.
+    """
+    ids = torch.zeros(len(windows), max(len(window.ids) for window in windows), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, window in enumerate(windows):  # padded on the right, where no token that is predicted looks
+        ids[row, : len(window.ids)] = torch.tensor(window.ids)
+        mask[row, : len(window.ids)] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    try:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return sum(map(_loss, logits, ids.to(logits.device), windows))
+    except torch.OutOfMemoryError as error:
+        raise LoxError(
+            f"The memory of {model.device} does not suffice for {len(windows)} windows of {ids.shape[1]} tokens: "
+            "lower batch_size or max_length."
+        ) from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients; afterwards every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _loss(logits: Tensor, ids: Tensor, window: Window) -> float:
+    """Sum over one row: a whole batch in float32 would take twice the room that its bfloat16 does."""
+    end = len(window.ids)
+    start = end - window.predicted
+    losses = nn.functional.cross_entropy(logits[start - 1 : end - 1].float(), ids[start:end], reduction="none")
+    return losses.double().sum().item()

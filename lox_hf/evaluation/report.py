@@ -1,0 +1,206 @@
+"""Reports as tables, on the screen and in Markdown, from the same rows."""
+
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+
+from lox_hf.records import JudgeAgreement, PairedDifference, Rate, SafetyComparison, SafetyReport
+
+HONESTY = (
+    "A judge's verdicts are not the truth: read a sample of the responses. LoX raises the cost of losing safety, it "
+    "does not make a model safe; these prompts are no adaptive attack."
+)
+HARM_NOTE = "By this judge, refused means that the response is not harmful; it need not be a refusal."
+SCREEN_WIDTH = 110
+KNOWN_HARMFUL = "harmful and the known answer given"
+KNOWN_HARMLESS = "harmless and the known answer given"
+HEADER = ("", "rate", "95 % interval", "count", "n", "unscored")
+
+Rows = list[tuple[str, ...]]
+
+
+def report_rows(report: SafetyReport) -> Rows:
+    """Rates of a report, a row each, with a header; a rate over no prompts has no row but the first.
+
+    Args:
+        report: The report.
+
+    Returns:
+        Rows of cells, the header first.
+    """
+    named = [
+        ("attack success rate", report.asr),
+        ("refused", report.refusal),
+        ("degenerate", report.degenerate),
+        ("over-refusal (harmless prompts refused)", report.over_refusal),
+        (KNOWN_HARMFUL, report.strict_asr),
+        (KNOWN_HARMLESS, report.accuracy),
+    ]
+    if report.rubric is not None:
+        named += [("score 5", report.rubric.five), ("score 4 or 5", report.rubric.four_or_five)]
+    shown = [(name, rate) for name, rate in named if name == named[0][0] or rate.n or rate.unscored]
+    rows = [HEADER, *(_row(name, rate) for name, rate in shown)]
+    if report.rubric is not None:
+        rows.append(("mean score, 1 to 5", f"{report.rubric.mean:.2f}", "", "", str(report.rubric.five.n), ""))
+    return rows
+
+
+def category_rows(report: SafetyReport) -> Rows:
+    """Rates per category, with a header; empty where the prompts have none."""
+    rows = []
+    for category in report.categories:
+        if category.asr.n or category.asr.unscored:
+            rows.append(_row(f"{category.name}: attack success", category.asr))
+        if category.over_refusal.n or category.over_refusal.unscored:
+            rows.append(_row(f"{category.name}: over-refusal", category.over_refusal))
+    return [HEADER, *rows] if rows else []
+
+
+def comparison_rows(comparison: SafetyComparison) -> Rows:
+    """Rates before and after with what changed, with a header."""
+    named = {
+        "attack success rate": comparison.asr,
+        "refused": comparison.refusal,
+        "over-refusal": comparison.over_refusal,
+        "degenerate": comparison.degenerate,
+        KNOWN_HARMFUL: comparison.strict_asr,
+        KNOWN_HARMLESS: comparison.accuracy,
+    }
+    header = ("", "before", "after", "difference", "95 % interval", "p (McNemar)", "pairs")
+    return [header, *(_comparison_row(name, found) for name, found in named.items() if found.before.n)]
+
+
+def agreement_rows(agreements: Sequence[JudgeAgreement]) -> Rows:
+    """Agreement of judges, with a header; empty where there is one judge only."""
+    header = ("judges", "agree on", "Cohen's kappa", "both complied", "only first", "only second", "neither")
+    rows = [
+        (
+            " and ".join(found.judges),
+            str(found.agreement),
+            "not defined" if math.isnan(found.kappa) else f"{found.kappa:.2f}",
+            *map(str, (found.both_complied, found.only_first, found.only_second, found.neither)),
+        )
+        for found in agreements
+    ]
+    return [header, *rows] if rows else []
+
+
+def render_text(rows: Rows) -> str:
+    """Rows as an aligned table for a terminal; control characters are taken out.
+
+    Args:
+        rows: Rows of cells.
+
+    Returns:
+        The table, a line a row.
+    """
+    clean = [tuple(_one_line(cell) for cell in row) for row in rows]
+    widths = [max(len(row[column]) for row in clean) for column in range(len(clean[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) if not number else cell.rjust(width) for number, (cell, width) in enumerate(cells))
+        for cells in (zip(row, widths, strict=True) for row in clean)
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def render_screen(
+    reports: Sequence[SafetyReport],
+    agreements: Sequence[JudgeAgreement] = (),
+    comparison: SafetyComparison | None = None,
+) -> str:
+    """Reports of one run as plain text for a terminal.
+
+    Args:
+        reports: A report for every judge.
+        agreements: How far judges agree.
+        comparison: How the first report differs from an earlier run's.
+
+    Returns:
+        Tables and what has to be said beside them.
+    """
+    parts = []
+    for report in reports:
+        tables = [render_text(rows) for rows in (report_rows(report), category_rows(report)) if rows]
+        notes = [HARM_NOTE] * (report.judge != report.over_refusal_judge)
+        parts.append("\n".join([f"Judge: {_one_line(report.judge)}", "\n\n".join(tables), *notes]))
+    if agreements:
+        parts.append(render_text(agreement_rows(agreements)))
+    if comparison is not None:
+        notes = [
+            *comparison.warnings,
+            *[f"{comparison.unpaired} prompts are not in both."] * bool(comparison.unpaired),
+        ]
+        parts.append("\n".join(["Against the earlier run:", render_text(comparison_rows(comparison)), *notes]))
+    return "\n\n".join([*parts, textwrap.fill(HONESTY, SCREEN_WIDTH)])
+
+
+def render_markdown(reports: Sequence[SafetyReport], agreements: Sequence[JudgeAgreement] = ()) -> str:
+    """Reports of one run as a Markdown page.
+
+    Args:
+        reports: A report for every judge.
+        agreements: How far judges agree.
+
+    Returns:
+        The page. It holds no prompt and no response, and text from models and files is escaped.
+    """
+    first = reports[0]
+    about = {
+        "model": first.model.name_or_path if first.model else "responses that were given",
+        "prompts": f"{first.prompts.get('name') or 'given'}, {first.prompts.get('n')}",
+        **{name.replace("_", " "): value for name, value in first.generation.items() if value not in (None, {})},
+        "versions": ", ".join(f"{name} {version}" for name, version in first.versions.items()),
+    }
+    parts = ["# Safety report", _table([("", ""), *((name, str(value)) for name, value in about.items())])]
+    for report in reports:
+        parts += [f"## Judge: {escape(report.judge)}", *_judged(report)]
+    if agreements:
+        parts += ["## Agreement", _table(agreement_rows(agreements))]
+    return "\n\n".join([*parts, HONESTY]) + "\n"
+
+
+def escape(text: str) -> str:
+    """Return text for a cell or a line of Markdown, in which nothing of it is markup or HTML."""
+    line = _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
+
+
+def _judged(report: SafetyReport) -> list[str]:
+    parts = [_table(report_rows(report))]
+    if report.judge != report.over_refusal_judge:
+        parts.append(HARM_NOTE)
+    if rows := category_rows(report):
+        parts.append(_table(rows))
+    if report.unscored_reasons:
+        parts.append(_table([("unscored because", "n"), *((n, str(c)) for n, c in report.unscored_reasons.items())]))
+    return [*parts, *(f"**{escape(warning)}**" for warning in report.warnings)]
+
+
+def _row(name: str, rate: Rate) -> tuple[str, ...]:
+    if rate.n == 0:
+        return name, "not known", "", "", "0", str(rate.unscored)
+    interval = f"{100 * rate.low:.1f} to {100 * rate.high:.1f} %"
+    return name, f"{100 * rate.share:.1f} %", interval, str(rate.count), str(rate.n), str(rate.unscored)
+
+
+def _comparison_row(name: str, found: PairedDifference) -> tuple[str, ...]:
+    return (
+        name,
+        f"{100 * found.before.share:.1f} %",
+        f"{100 * found.after.share:.1f} %",
+        f"{100 * found.difference:+.1f} points",
+        f"{100 * found.low:+.1f} to {100 * found.high:+.1f}",
+        f"{found.p_value:.2g}",
+        str(found.before.n),
+    )
+
+
+def _table(rows: Rows) -> str:
+    lines = ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def _one_line(text: str) -> str:
+    """Text without line breaks and control characters, which could paint over a terminal."""
+    return "".join(character for character in " ".join(text.split()) if character.isprintable())

@@ -1,0 +1,121 @@
+"""Rates with intervals, paired tests, agreement: the statistics of this package, done by scipy."""
+
+import math
+from collections.abc import Sequence
+
+from lox_hf.records import PairedDifference, Rate
+
+CONFIDENCE = 0.95
+RESAMPLES = 9999
+
+
+def rate(count: int, n: int, unscored: int = 0) -> Rate:
+    """Return the share of `count` in `n` with its 95 % Wilson score interval.
+
+    Args:
+        count: How many have the property.
+        n: How many were scored.
+        unscored: How many more have no verdict.
+
+    Returns:
+        The rate; share and interval are NaN where n is 0.
+
+    Example:
+        >>> found = rate(0, 144)
+        >>> found.share, found.low, round(found.high, 4)
+        (0.0, 0.0, 0.026)
+    """
+    if n == 0:
+        return Rate(count, n, math.nan, math.nan, math.nan, unscored)
+    from scipy.stats import binomtest
+
+    interval = binomtest(count, n).proportion_ci(CONFIDENCE, method="wilson")
+    # At 0 and n one end is the share itself; rounding can leave it an ulp beside.
+    low = 0.0 if count == 0 else float(interval.low)
+    high = 1.0 if count == n else float(interval.high)
+    return Rate(count, n, count / n, low, high, unscored)
+
+
+def paired_difference(before: Sequence[bool], after: Sequence[bool], seed: int = 0) -> PairedDifference:
+    """Compare one property of the same things before and after.
+
+    The exact McNemar test asks whether as many gained it as lost it: of the pairs that changed, the gained ones are
+    binomial with 1/2 where nothing but chance changed them. The interval is the percentile interval of a bootstrap
+    that draws whole pairs.
+
+    Args:
+        before: The property, for every pair.
+        after: The same afterwards.
+        seed: Seed of the bootstrap; no global seed is touched.
+
+    Returns:
+        The difference; NaN where there are no pairs.
+
+    Raises:
+        ValueError: If the two differ in length.
+
+    Example:
+        >>> found = paired_difference([True] * 8 + [False] * 2, [False] * 10)
+        >>> found.difference, found.lost, round(found.p_value, 4)
+        (-0.8, 8, 0.0078)
+
+    Source: McNemar, Psychometrika 12, 1947; Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """
+    pairs = list(zip(before, after, strict=True))
+    n = len(pairs)
+    rates = rate(sum(before), n), rate(sum(after), n)
+    if n == 0:
+        return PairedDifference(*rates)
+    from scipy.stats import binomtest
+
+    gained = sum(b < a for b, a in pairs)
+    lost = sum(b > a for b, a in pairs)
+    p_value = float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
+    low, high = _bootstrap([int(a) - int(b) for b, a in pairs], seed)
+    return PairedDifference(*rates, (gained - lost) / n, low, high, p_value, gained, lost)
+
+
+def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Return Cohen's kappa of two judges: their agreement beyond what chance alone would give.
+
+    Args:
+        first: What the first says, for every thing.
+        second: What the second says.
+
+    Returns:
+        Kappa, at most 1; NaN where there is nothing to compare, or where both say one and the same thing throughout.
+
+    Raises:
+        ValueError: If the two differ in length.
+
+    Example:
+        >>> cohen_kappa([True, True, False, False], [True, False, False, False])
+        0.5
+
+    Source: Cohen, Educational and Psychological Measurement 20, 1960.
+    """
+    pairs = list(zip(first, second, strict=True))
+    if not pairs:
+        return math.nan
+    n = len(pairs)
+    a, b = sum(first) / n, sum(second) / n
+    agreed, expected = sum(x == y for x, y in pairs) / n, a * b + (1 - a) * (1 - b)
+    return math.nan if expected == 1 else (agreed - expected) / (1 - expected)
+
+
+def _bootstrap(differences: list[int], seed: int) -> tuple[float, float]:
+    """95 % percentile interval of the mean."""
+    if len(set(differences)) == 1:  # every resample is the sample
+        return float(differences[0]), float(differences[0])
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        (np.array(differences, dtype=float),),
+        np.mean,
+        confidence_level=CONFIDENCE,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)

@@ -1,0 +1,330 @@
+"""An endpoint as a chat model, against a real server: every answer once, whatever goes wrong; the key nowhere."""
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+import time
+import traceback
+import warnings
+
+import pytest
+
+from evaluation.endpoint_server import RETRY_AFTER_S, EndpointServer, completion, drawn
+from lox_hf.errors import ConfigError, EndpointError, LoxError
+from lox_hf.evaluation.chat import ask
+from lox_hf.evaluation.endpoint import Endpoint
+
+KEY = "sk-harmless-example-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def echo(body):
+    return "echo " + body["messages"][-1]["content"]
+
+
+def prompts(count):
+    return [ask(f"prompt {number}") for number in range(count)]
+
+
+def answers(endpoint, conversations, done=()):
+    """Replies by position; a position that comes twice is an error."""
+    found = {}
+    for position, reply in endpoint.replies(conversations, done):
+        assert position not in found
+        found[position] = reply
+    return found
+
+
+def only(server, **options):
+    """The one reply of a server to one prompt."""
+    return answers(Endpoint("judge", base_url=server.base_url, **options), prompts(1))[0]
+
+
+def always(fault):
+    return lambda number, body: fault
+
+
+def first(count, fault):
+    return lambda number, body: fault if number < count else None
+
+
+def test_every_position_comes_once_with_its_own_answer_and_as_many_at_once_as_allowed():
+    with EndpointServer(echo, latency_s=0.05) as server:
+        found = answers(Endpoint("judge", base_url=server.base_url, concurrency=7), prompts(40))
+    assert {position: reply.text for position, reply in found.items()} == {n: f"echo prompt {n}" for n in range(40)}
+    assert len(server.requests) == 40
+    assert server.peak == 7
+
+
+def test_a_request_says_what_was_set():
+    options = {"max_new_tokens": 5, "seed": 7, "extra_body": {"top_k": 1}, "response_format": {"type": "json_object"}}
+    with EndpointServer(echo) as server:
+        endpoint = Endpoint("org/model", base_url=server.base_url, **options)
+        answers(endpoint, [ask("hello", system="be brief")])
+    sent = {"temperature": 0, "seed": 7, "top_k": 1, "response_format": {"type": "json_object"}}
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    assert server.requests[0].body == sent | {
+        "model": "org/model",
+        "messages": messages,
+        "max_completion_tokens": 5,
+    }
+    assert endpoint.settings() == sent | {"base_url": server.base_url, "max_new_tokens": 5}
+
+
+def test_all_that_may_pass_is_tried_again_and_every_answer_arrives():
+    rates = {"429": 0.1, "429 retry-after": 0.03, "500": 0.1, "hang": 0.03, "reset": 0.1, "garbage": 0.1}
+    with EndpointServer(echo, faults=drawn(rates, seed=4)) as server:
+        found = answers(Endpoint("judge", base_url=server.base_url, timeout_s=0.5), prompts(60))
+    assert {position: reply.text for position, reply in found.items()} == {n: f"echo prompt {n}" for n in range(60)}
+    assert {drawn(rates, seed=4)(n, {}) for n in range(len(server.requests))} == {None, *rates}
+
+
+def test_retry_after_is_waited_for_and_an_hour_is_not():
+    with EndpointServer(echo, faults=first(1, "429 retry-after")) as server:
+        started = time.monotonic()
+        assert only(server).text == "echo prompt 0"
+        assert time.monotonic() - started > RETRY_AFTER_S
+    with EndpointServer(echo, faults=always("429 retry-after"), retry_after_s=3600) as server:
+        started = time.monotonic()
+        assert only(server).transient
+        assert time.monotonic() - started < 5
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("500", "HTTP 500"), ("429", "HTTP 429"), ("hang", "no answer within 0.2 s"), ("garbage", "no chat completion")],
+)
+def test_one_request_that_keeps_failing_costs_no_other(fault, words):
+    def faults(number, body):
+        return fault if body["messages"][0]["content"] == "prompt 3" else None
+
+    with EndpointServer(echo, faults=faults) as server:
+        found = answers(Endpoint("judge", base_url=server.base_url, retries=1, timeout_s=0.2), prompts(6))
+        assert len(server.requests) == 7
+    assert words in found[3].error
+    assert found[3].transient
+    assert [found[n].text for n in (0, 1, 2, 4, 5)] == [f"echo prompt {n}" for n in (0, 1, 2, 4, 5)]
+
+
+def test_a_request_that_is_declined_is_not_sent_again():
+    with EndpointServer(echo, faults=lambda number, body: "400" if number == 0 else None) as server:
+        found = answers(Endpoint("judge", base_url=server.base_url, concurrency=1), prompts(3))
+    assert "HTTP 400" in found[0].error
+    assert not found[0].transient
+    assert len(server.requests) == 3
+
+
+def test_positions_that_are_done_are_not_asked():
+    with EndpointServer(echo) as server:
+        found = answers(Endpoint("judge", base_url=server.base_url), prompts(6), done=[0, 2, 5])
+    assert sorted(found) == [1, 3, 4]
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("401", "environment variable SECRET"),
+        ("402", "balance"),
+        ("403", "environment variable SECRET"),
+        ("404", "model's name 'judge'"),
+        ("405", "end in /v1"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_used_says_so_and_what_was_answered_is_kept(monkeypatch, fault, words):
+    monkeypatch.setenv("SECRET", KEY)
+    with EndpointServer(echo, faults=lambda number, body: fault if number >= 3 else None) as server:
+        endpoint = Endpoint("judge", base_url=server.base_url, api_key_env="SECRET", concurrency=1)
+        found = {}
+        with pytest.raises(EndpointError, match=words) as caught:
+            found.update(item for item in endpoint.replies(prompts(9)) if found.setdefault(*item))
+    assert sorted(found) == [0, 1, 2]
+    assert len(server.requests) == 4
+    message = str(caught.value)
+    assert server.base_url in message
+    assert f"HTTP {fault}" in message
+    assert "\n" not in message
+    assert "***" in message  # the server repeated the key
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_server_that_is_not_there_is_told_within_seconds():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+        started = time.monotonic()
+        with pytest.raises(EndpointError, match="Check that the server is running"):
+            answers(Endpoint("judge", base_url=url), prompts(3))
+    assert time.monotonic() - started < 5
+
+
+def test_a_server_that_fails_for_all_is_given_up_after_one_round_of_retries():
+    with EndpointServer(echo, faults=always("500")) as server:
+        with pytest.raises(EndpointError, match="HTTP 500"):
+            answers(Endpoint("judge", base_url=server.base_url, retries=1), prompts(500))
+    assert len(server.requests) <= 32 * 4
+
+
+def test_older_servers_are_asked_in_their_words():
+    def faults(number, body):
+        return next((f"400 {name}" for name in ("max_completion_tokens", "seed", "temperature") if name in body), None)
+
+    with EndpointServer(echo, faults=faults) as server:
+        endpoint = Endpoint("judge", base_url=server.base_url, concurrency=1)
+        with pytest.warns(UserWarning, match="does not take `(seed|temperature)`"):
+            found = answers(endpoint, prompts(5))
+    assert [found[n].text for n in range(5)] == [f"echo prompt {n}" for n in range(5)]
+    assert len(server.requests) == 8  # three refusals, once for all prompts
+    assert set(server.requests[-1].body) == {"model", "messages", "max_tokens"}
+    assert endpoint.settings()["seed"] == 42
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (completion({"role": "assistant", "content": None, "refusal": "I will not."}), "I will not."),
+        (completion({"role": "assistant", "content": None}), ""),
+        (completion({"role": "assistant", "content": "<think>so\nso</think>\n\nYes."}), "Yes."),
+        (completion({"role": "assistant", "content": "half \ud800"}), "half ?"),
+    ],
+)
+def test_answers_in_other_forms(answer, text):
+    with EndpointServer(lambda body: answer) as server:
+        reply = only(server)
+    assert (reply.text, reply.error, reply.cut_off) == (text, "", False)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "transient"),
+    [
+        (completion({"content": "", "role": "assistant"}, finish_reason="content_filter"), "holds its answer", False),
+        ({"choices": []}, "holds its answer back", False),
+        (completion({"content": "<think>so", "role": "assistant"}, finish_reason="length"), "max_new_tokens", False),
+        (completion({"content": ["a part"], "role": "assistant"}), "no text", False),
+        ({"choices": [{"message": None}]}, "no chat completion", True),
+        ({"object": "list"}, "no chat completion", True),
+    ],
+)
+def test_answers_that_are_none(answer, error, transient):
+    with EndpointServer(lambda body: answer) as server:
+        reply = only(server, retries=0)
+    assert error in reply.error
+    assert (reply.text, reply.transient) == ("", transient)
+
+
+def test_an_answer_at_the_limit_is_marked():
+    with EndpointServer(lambda body: completion({"content": "so far"}, finish_reason="length")) as server:
+        reply = only(server)
+    assert (reply.text, reply.cut_off) == ("so far", True)
+
+
+def test_a_text_that_cannot_be_sent_costs_no_other():
+    with EndpointServer(echo) as server:
+        found = answers(Endpoint("judge", base_url=server.base_url), [ask("half \ud800"), ask("whole")])
+    assert "UTF-8" in found[0].error
+    assert found[1].text == "echo whole"
+
+
+@pytest.mark.parametrize("end", ["close", "exception", "finish"])
+def test_ending_cancels_what_is_in_flight_and_leaves_no_thread(end):
+    before = threading.active_count()
+    with EndpointServer(
+        echo, faults=lambda number, body: None if number == 0 or end == "finish" else "hang"
+    ) as server:
+        stream = Endpoint("judge", base_url=server.base_url).replies(prompts(50))
+        next(stream)
+        started = time.monotonic()
+        if end == "close":
+            stream.close()
+        elif end == "exception":
+            with pytest.raises(KeyboardInterrupt):
+                stream.throw(KeyboardInterrupt)
+        else:
+            assert len(list(stream)) == 49
+        assert time.monotonic() - started < 2
+        assert threading.active_count() == before + 1  # the server's
+        wait_until(lambda: server.open == 0)
+        asked = len(server.requests)
+        time.sleep(0.3)
+        assert len(server.requests) == asked
+    assert threading.active_count() == before
+
+
+def test_it_works_where_an_event_loop_runs():
+    async def notebook(server):
+        return only(server).text
+
+    with EndpointServer(echo) as server:
+        assert asyncio.run(notebook(server)) == "echo prompt 0"
+
+
+def test_without_a_key_openai_is_refused_and_a_local_server_is_asked():
+    with pytest.raises(ConfigError, match="environment variable OTHER_KEY"):
+        Endpoint("gpt-4o-mini", api_key_env="OTHER_KEY")
+    with EndpointServer(echo) as server:
+        assert only(server).text == "echo prompt 0"
+    assert server.requests[0].headers["authorization"] == "Bearer none"
+
+
+@pytest.mark.parametrize("fault", [None, "400", "401", "429", "500", "hang", "reset"])
+def test_the_key_is_in_the_authorization_header_and_nowhere_else(monkeypatch, capfd, caplog, fault):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
+    seen = []
+    with warnings.catch_warnings(record=True) as warned, EndpointServer(echo, faults=always(fault)) as server:
+        warnings.simplefilter("always")
+        endpoint = Endpoint("judge", base_url=server.base_url, retries=1, timeout_s=0.3)
+        try:
+            seen += [reply for _, reply in endpoint.replies(prompts(1))]
+        except LoxError as error:
+            seen += traceback.format_exception(error)
+    seen += [endpoint, vars(endpoint), endpoint.settings(), *capfd.readouterr(), caplog.text, *map(str, warned)]
+    assert KEY not in "\n".join(map(str, seen))
+    request = server.requests[0]
+    assert request.headers.pop("authorization") == f"Bearer {KEY}"
+    assert KEY not in json.dumps([request.path, request.headers, request.body])
+    assert ("***" in str(seen)) == (fault in ("400", "401", "429", "500"))  # which repeat the key
+
+
+def test_a_key_that_is_none_is_refused_without_being_shown(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-harmless\nexample")
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY") as caught:
+        Endpoint("gpt-4o-mini")
+    assert "harmless" not in str(caught.value)
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")  # as a file gives it
+    assert Endpoint("gpt-4o-mini").api_key() == KEY
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"concurrency": 0}, "concurrency is 0"),
+        ({"retries": -1}, "retries is -1"),
+        ({"timeout_s": 0}, "timeout_s is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"base_url": "localhost:8000"}, "base_url is not like"),
+        ({"base_url": "http://user:hidden@localhost/v1"}, "base_url is not like"),
+        ({"base_url": "http://localhost/v1?key=hidden"}, "base_url is not like"),
+        ({"base_url": "http://localhost:port/v1"}, "base_url is not like"),
+        ({"concurrency": 0, "retries": -1}, "concurrency is 0.*retries is -1"),
+    ],
+)
+def test_settings_out_of_range(options, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        Endpoint("judge", **{"base_url": "http://localhost/v1"} | options)
+    assert "hidden" not in str(caught.value)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,261 @@
+"""The run: it is resumable at any moment, judges again without generating again, and keeps what it has."""
+
+import json
+import multiprocessing
+import random
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import run_program
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lox_hf import LoxConfig, SafetyReport, apply_lox, evaluate_safety
+from lox_hf.demo.training import new_model
+from lox_hf.demo.world import build_tokenizer, held_out_prompts
+from lox_hf.errors import ConfigError, EndpointError, OutputError
+from lox_hf.evaluation.chat import Conversation, Reply
+from lox_hf.evaluation.judges.function import FunctionJudge
+from lox_hf.evaluation.judges.refusal import RefusalJudge
+from lox_hf.evaluation.prompts import Prompt
+from lox_hf.evaluation.run_folder import RUN_NAME
+from lox_hf.evaluation.safety import run_judges
+from lox_hf.records import Verdict
+
+KILLS = 5
+PROMPTS = held_out_prompts()[100:160]
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return new_model(build_tokenizer(), 0).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+class Scripted:
+    """A chat model whose answers are known; it counts what it is asked, and can fail."""
+
+    name = "scripted"
+
+    def __init__(self, fail_at: int | None = None, silent: Collection[int] = (), **settings: Any) -> None:
+        self.fail_at, self.silent, self.asked, self.own_settings = fail_at, silent, 0, settings
+
+    def settings(self) -> dict[str, Any]:
+        return dict(self.own_settings)
+
+    def replies(
+        self, conversations: Sequence[Conversation], done: Collection[int] = ()
+    ) -> Iterator[tuple[int, Reply]]:
+        skip = set(done)
+        for position in (position for position in range(len(conversations)) if position not in skip):
+            if position == self.fail_at:
+                raise EndpointError("the server is gone")
+            self.asked += 1
+            if position in self.silent:
+                yield position, Reply("", error="no answer within 1 s", transient=True)
+            else:
+                yield (
+                    position,
+                    Reply("Sorry, I can't help with that." if position % 2 else f"Turn it {position} times."),
+                )
+
+
+def texts(n: int) -> list[str]:
+    return [f"How do I turn number {number}?" for number in range(n)]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_on_a_real_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    report = evaluate_safety(model, tokenizer, PROMPTS, output_dir=tmp_path / "run", max_new_tokens=8)
+    assert report.asr.n == sum(prompt.harmful for prompt in PROMPTS) and report.over_refusal.n + report.asr.n == 60
+    assert SafetyReport.from_json((tmp_path / "run" / "report.json").read_text()) == report
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "attack success rate" in page and PROMPTS[0].text not in page
+    assert sorted(line["position"] for line in lines(tmp_path / "run" / "generations.jsonl")) == list(range(60))
+    (verdicts,) = (tmp_path / "run").glob("verdicts.refusal-*.jsonl")
+    assert sorted(line["position"] for line in lines(verdicts)) == list(range(60))
+    assert (report.generation["template"], report.generation["max_new_tokens"]) == ("chat", 8)
+    in_memory = evaluate_safety(model, tokenizer, PROMPTS, max_new_tokens=8)
+    assert in_memory == report
+
+
+def test_a_model_that_was_edited_is_another_run(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    base, edited = new_model(tokenizer, 1), new_model(tokenizer, 0)
+    evaluate_safety(edited, tokenizer, PROMPTS[:4], output_dir=tmp_path / "run", max_new_tokens=2)
+    again = evaluate_safety(edited, tokenizer, PROMPTS[:4], output_dir=tmp_path / "run", max_new_tokens=2)
+    assert again.asr.n == 4  # control: the same model goes on
+    apply_lox(edited, LoxConfig(r=1, alpha=0.5), base_model=base, progressbar=False)
+    with pytest.raises(OutputError, match="weights_sample"):
+        evaluate_safety(edited, tokenizer, PROMPTS[:4], output_dir=tmp_path / "run", max_new_tokens=2)
+
+
+def test_another_judge_needs_no_new_answers(tmp_path: Path) -> None:
+    chat = Scripted()
+    first = evaluate_safety(chat, None, texts(10), output_dir=tmp_path)
+    assert (chat.asked, first.asr.count) == (10, 5)
+    always = FunctionJudge(lambda prompts, responses: [True] * len(responses))
+    assert evaluate_safety(chat, None, texts(10), always, output_dir=tmp_path).asr.count == 10
+    assert chat.asked == 10
+    assert len(list(tmp_path.glob("verdicts.*.jsonl"))) == 2
+
+
+def test_two_judges_give_their_agreement(tmp_path: Path) -> None:
+    always = FunctionJudge(lambda prompts, responses: [True] * len(responses))
+    reports, (found,) = run_judges(
+        Scripted(), [Prompt(text) for text in texts(10)], [RefusalJudge(), always], output_dir=tmp_path
+    )
+    assert [report.asr.count for report in reports] == [5, 10]
+    assert (found.judges, found.both_complied, found.only_second, found.kappa) == (
+        ("refusal", "function:<lambda>"),
+        5,
+        5,
+        0.0,
+    )
+    assert SafetyReport.from_json((tmp_path / "report.json").read_text()) == reports[0]
+    (other,) = tmp_path.glob("report.function*.json")
+    assert SafetyReport.from_json(other.read_text()) == reports[1]
+    assert "Cohen's kappa" in (tmp_path / "report.md").read_text()
+
+
+def test_what_was_answered_before_a_failure_is_kept(tmp_path: Path) -> None:
+    broken = Scripted(fail_at=6)
+    with pytest.raises(EndpointError, match="gone"):
+        evaluate_safety(broken, None, texts(10), output_dir=tmp_path)
+    assert broken.asked == 6 and len(lines(tmp_path / "generations.jsonl")) == 6
+    mended = Scripted()
+    report = evaluate_safety(mended, None, texts(10), output_dir=tmp_path)
+    assert mended.asked == 4
+    assert report == evaluate_safety(Scripted(), None, texts(10))
+
+
+def test_verdicts_before_a_failure_are_kept_and_not_paid_twice(tmp_path: Path) -> None:
+    class Failing:
+        name, tells_refusals = "failing", False
+
+        def __init__(self, limit: int) -> None:
+            self.limit, self.asked = limit, 0
+
+        def settings(self) -> dict[str, Any]:
+            return {}
+
+        def verdicts(self, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[tuple[int, Verdict]]:
+            for position in range(len(prompts)):
+                if position == self.limit:
+                    raise EndpointError("the judge is gone")
+                self.asked += 1
+                yield position, Verdict("complied", score=5)
+
+    with pytest.raises(EndpointError):
+        evaluate_safety(Scripted(), None, texts(10), Failing(7), output_dir=tmp_path)
+    judge = Failing(99)
+    assert evaluate_safety(Scripted(), None, texts(10), judge, output_dir=tmp_path).asr.count == 10
+    assert judge.asked == 3
+
+
+def test_a_prompt_without_an_answer_is_unscored_and_asked_again(tmp_path: Path) -> None:
+    report = evaluate_safety(Scripted(silent={2, 3}), None, texts(6), output_dir=tmp_path)
+    assert (report.asr.n, report.asr.unscored) == (4, 2)
+    assert report.unscored_reasons == {"no response: no answer within 1 s": 2}
+    again = Scripted()
+    assert evaluate_safety(again, None, texts(6), output_dir=tmp_path).asr.unscored == 0
+    assert again.asked == 2
+
+
+def test_unscored_verdicts_that_may_pass_are_asked_again(tmp_path: Path) -> None:
+    def judge(prompts: Sequence[str], responses: Sequence[str]) -> list[Any]:
+        counts.append(len(responses))
+        return [Verdict("unscored", "busy", transient=True), None, *[True] * (len(responses) - 2)][: len(responses)]
+
+    counts: list[int] = []
+    first = evaluate_safety(Scripted(), None, texts(6), judge, output_dir=tmp_path)
+    assert first.asr.unscored == 2
+    evaluate_safety(Scripted(), None, texts(6), judge, output_dir=tmp_path)
+    assert counts == [6, 1]  # the one that could not say has said so for good
+
+
+def test_other_settings_and_other_prompts_are_refused(tmp_path: Path) -> None:
+    evaluate_safety(Scripted(tokens=60), None, texts(3), output_dir=tmp_path)
+    with pytest.raises(OutputError, match="tokens: 60 there, 61 now"):
+        evaluate_safety(Scripted(tokens=61), None, texts(3), output_dir=tmp_path)
+    with pytest.raises(OutputError, match="prompts: "):
+        evaluate_safety(Scripted(tokens=60), None, texts(4), output_dir=tmp_path)
+    with pytest.raises(OutputError, match=r"system_prompt: None there, 'Be kind\.' now"):
+        evaluate_safety(Scripted(tokens=60), None, texts(3), output_dir=tmp_path, system_prompt="Be kind.")
+
+
+def test_n_takes_the_first(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(texts(9)))
+    for prompts in (texts(9), tmp_path / "prompts.txt"):
+        assert evaluate_safety(Scripted(), None, prompts, n=4).asr.n == 4
+    with pytest.raises(ConfigError, match="n is 0"):
+        evaluate_safety(Scripted(), None, texts(9), n=0)
+
+
+def test_a_tokenizer_where_none_is_needed_and_none_where_one_is(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ConfigError, match="needs no tokenizer"):
+        evaluate_safety(Scripted(), tokenizer, texts(1))
+    with pytest.raises(ConfigError, match="needs its tokenizer"):
+        evaluate_safety(model, None, texts(1))
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Callable[..., Any]]:
+    """Starts a run in a process of its own; transformers is imported once and not in every one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["run_program", "lox_hf.evaluation.generation", "transformers.models.llama"])
+
+    def start(*arguments: Path) -> Any:
+        process = context.Process(target=run_program.measure, args=arguments)
+        process.start()
+        return process
+
+    yield start
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_report(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, start: Callable[..., Any]
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": prompt.text, "label": "unsafe" if prompt.harmful else "safe"} for prompt in PROMPTS]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(output: Path, kill_after_s: float | None) -> int:
+        process = start(tmp_path / "model", prompts, output)
+        while not (output / RUN_NAME).exists() and process.is_alive():
+            time.sleep(0.002)
+        if kill_after_s is not None:
+            time.sleep(kill_after_s)
+            process.kill()
+        process.join()
+        return process.exitcode
+
+    started = time.perf_counter()
+    assert run(tmp_path / "whole", None) == 0
+    duration = time.perf_counter() - started
+    rng, lengths = random.Random(0), []
+    for _ in range(KILLS):
+        run(tmp_path / "killed", rng.uniform(0, duration / 6))
+        journal = tmp_path / "killed" / "generations.jsonl"
+        lengths.append(journal.read_bytes().count(b"\n") if journal.exists() else 0)
+    assert lengths == sorted(lengths) and lengths[0] < len(PROMPTS)  # control: the kills hit the work
+    assert run(tmp_path / "killed", None) == 0
+    for name in ("report.json", "report.md", RUN_NAME):
+        assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    answers = [lines(tmp_path / folder / "generations.jsonl") for folder in ("whole", "killed")]
+    by_position = [sorted(found, key=lambda line: line["position"]) for found in answers]
+    assert by_position[0] == by_position[1] and len(by_position[0]) == len(PROMPTS)
+    shutil.rmtree(tmp_path / "killed")
