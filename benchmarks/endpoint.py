@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from measure import HERE, run_job, serve_job
-from rows import Row
+from table import Row
 
 SERVER = HERE.parent / "tests" / "evaluation" / "endpoint_server.py"
 CALLS, LATENCY_S, CONCURRENCY = 520, 0.2, 32

@@ -12,7 +12,7 @@ from measure import run_job, serve_job
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-VOCABULARY = 4096
+LARGEST_VOCABULARY = 4096
 MOST_PROMPTS = 520
 NEW_TOKENS = 60
 
@@ -39,7 +39,7 @@ def compare(prompts: str, rounds: int, count: int) -> dict[str, Any]:
     with open(prompts, newline="", encoding="utf-8") as file:
         conversations = [ask(row["goal"]) for row in csv.DictReader(file)][:count]
     tokenizer = _tokenizer([turns[0]["content"] for turns in conversations])
-    model = _model()
+    model = _model(len(tokenizer))
     encoded = [encode(tokenizer, turns, "alpaca") for turns in conversations]
     _alone(model, encoded[0])  # the first call pays for what is loaded late
     batched_s, alone_s, alone = [], 0.0, {}
@@ -74,14 +74,14 @@ def _alone(model: LlamaForCausalLM, prompt: list[int]) -> list[int]:
     return output[0, len(prompt) :].tolist()
 
 
-def _model() -> LlamaForCausalLM:
+def _model(vocabulary: int) -> LlamaForCausalLM:
     """Build a model of 4 layers, 256 wide, with random weights in float32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=688,
         num_hidden_layers=4,
@@ -105,7 +105,7 @@ def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     backend.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+            vocab_size=LARGEST_VOCABULARY, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
         ),
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Let a model answer harmful prompts greedily, judge the answers, and print the attack success rate with
 its 95 % interval; prompts that are labelled safe give over-refusal. A killed run goes on where it was. Keys are read
-from the environment (OPENAI_API_KEY) and are never stored."""
+from the environment (OPENAI_API_KEY for OpenAI) and are never stored."""
 TEMPLATES = ("auto", "chat", "alpaca", "none")
 
 
@@ -37,8 +37,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="refusal, classifier:ID, rubric:MODEL; several give their agreement (default: refusal)",
     )
     parser.add_argument("--judge-endpoint", metavar="URL", help="OpenAI-compatible endpoint of the rubric's judge")
+    parser.add_argument(
+        "--judge-key-env", metavar="NAME", help="environment variable with the key of --judge-endpoint"
+    )
     parser.add_argument("--rubric", metavar="FILE", help="the rubric's prompt, with {prompt} and {response} in it")
     parser.add_argument("--endpoint", metavar="URL", help="MODEL is served there, OpenAI-compatible, and not loaded")
+    parser.add_argument("--key-env", metavar="NAME", help="environment variable with the key of --endpoint")
     parser.add_argument(
         "--template", choices=TEMPLATES, help="how a prompt is put (default: auto: chat where the model has one)"
     )
@@ -91,16 +95,19 @@ def _judges(options: argparse.Namespace) -> "list[Judge]":
     from lox_hf.evaluation.judges.rubric import RubricJudge
 
     names = options.judge or ["refusal"]
-    names = names if isinstance(names, list) else [names]
-    rubrics = [name for name in names if name.startswith("rubric:")]
-    if not rubrics and (options.judge_endpoint or options.rubric):
-        raise ConfigError("--judge-endpoint and --rubric belong to a judge 'rubric:MODEL': name one with --judge.")
-    return [
-        RubricJudge.from_endpoint(
-            name.removeprefix("rubric:"), base_url=options.judge_endpoint, template=options.rubric
+    names = list(map(str, names)) if isinstance(names, list) else [str(names)]  # YAML may give one
+    rubrics = [name for name in names if name.startswith("rubric:") and name != "rubric:"]
+    settings = {
+        "base_url": options.judge_endpoint,
+        "api_key_env": options.judge_key_env,
+        "template": options.rubric,
+    }
+    if not rubrics and any(settings.values()):
+        raise ConfigError(
+            "--judge-endpoint, --judge-key-env and --rubric belong to a judge 'rubric:MODEL': name one with --judge."
         )
-        if name in rubrics
-        else get_judge(name)
+    return [
+        RubricJudge.from_endpoint(name.removeprefix("rubric:"), **settings) if name in rubrics else get_judge(name)
         for name in names
     ]
 
@@ -110,7 +117,7 @@ def _chat_model(options: argparse.Namespace) -> "ChatModel":
     if options.endpoint:
         from lox_hf.evaluation.endpoint import Endpoint
 
-        return Endpoint(options.model, base_url=options.endpoint, max_new_tokens=tokens)
+        return Endpoint(options.model, base_url=options.endpoint, api_key_env=options.key_env, max_new_tokens=tokens)
     from lox_hf.evaluation.generation import LocalModel
     from lox_hf.evaluation.loading import load_model
 

@@ -15,6 +15,7 @@ from lox_hf.evaluation.chat import Conversation, Reply
 from lox_hf.evaluation.endpoint_session import Session
 
 OPENAI_URL = "https://api.openai.com/v1"
+OPENAI_KEY_ENV = "OPENAI_API_KEY"
 
 
 class Endpoint:
@@ -25,13 +26,13 @@ class Endpoint:
     refuses `max_completion_tokens` is asked with `max_tokens`; one that refuses `temperature`, `seed` or
     `response_format` is asked without, with a warning.
 
-    The key is read from the environment when it is sent, and is kept nowhere. A server at `base_url` gets the key too
-    where the variable is set; name another variable to keep them apart.
+    The key is read from the environment when it is sent, and is kept nowhere.
 
     Args:
         model: The model's name at the endpoint.
         base_url: URL of the API, such as "http://localhost:8000/v1"; None takes OPENAI_BASE_URL, or else OpenAI.
-        api_key_env: Environment variable that holds the key. Only OpenAI itself demands one.
+        api_key_env: Environment variable that holds the key. None takes OPENAI_API_KEY where no `base_url` is passed,
+            and sends no key to a server at one.
         max_new_tokens: Longest answer, in tokens.
         concurrency: Requests in flight at once.
         timeout_s: Longest wait for an answer, in seconds.
@@ -61,7 +62,7 @@ class Endpoint:
         model: str,
         *,
         base_url: str | None = None,
-        api_key_env: str = "OPENAI_API_KEY",
+        api_key_env: str | None = None,
         max_new_tokens: int = 60,
         concurrency: int = 32,
         timeout_s: float = 60.0,
@@ -72,7 +73,9 @@ class Endpoint:
     ) -> None:
         self.name = model
         self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
-        self.api_key_env = api_key_env
+        named = base_url is not None and self.base_url != OPENAI_URL
+        self.api_key_env = api_key_env or (None if named else OPENAI_KEY_ENV)
+        self._needs_key = api_key_env is not None or self.base_url == OPENAI_URL
         self.concurrency, self.timeout_s, self.retries = concurrency, timeout_s, retries
         wanted = {"temperature": 0, "seed": seed, "response_format": response_format, **(extra_body or {})}
         given = {name: value for name, value in wanted.items() if value is not None}
@@ -117,8 +120,8 @@ class Endpoint:
         Raises:
             ConfigError: If there is none where one is needed, or it cannot be one.
         """
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not key and self.base_url == OPENAI_URL:
+        key = os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
+        if not key and self._needs_key:
             raise ConfigError(
                 f"There is no API key: set the environment variable {self.api_key_env}, or pass the base_url of a "
                 "server that needs none."

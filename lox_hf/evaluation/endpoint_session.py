@@ -30,9 +30,9 @@ _SUBSTITUTES = {"max_completion_tokens": "max_tokens", "seed": None, "temperatur
 _WRONG_PATH = "the path of the URL: most servers want it to end in /v1."
 # Statuses after which no request can succeed.
 _REMEDIES = {
-    401: "Check the key in the environment variable {key_env}.",
+    401: "Check the key: it is {key}.",
     402: "Check the account's balance.",
-    403: "Check what the key in the environment variable {key_env} may be used for.",
+    403: "Check what the key may be used for: it is {key}.",
     404: f"Check the model's name '{{model}}', and {_WRONG_PATH}",
     405: f"Check {_WRONG_PATH}",
 }
@@ -161,7 +161,11 @@ class Session:
 
     def _unusable(self, failure: "_Failure") -> EndpointError:
         remedy = _REMEDIES.get(failure.status or 0, _OTHER_REMEDY)
-        remedy = remedy.format(model=self.endpoint.name, key_env=self.endpoint.api_key_env)
+        variable = self.endpoint.api_key_env
+        key = (
+            f"the one in the environment variable {variable}" if variable else "none, name its variable as api_key_env"
+        )
+        remedy = remedy.format(model=self.endpoint.name, key=key)
         return EndpointError(f"Cannot use the endpoint {self.endpoint.base_url}: {failure.text.rstrip('.')}. {remedy}")
 
     def _one_line(self, text: str) -> str:

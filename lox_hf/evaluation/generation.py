@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from lox_hf.errors import ConfigError, LoxError, PromptError, UnsupportedModelError
+from lox_hf.evaluation.batch import make_batch
 from lox_hf.evaluation.batch_size import fitting_batch_size
 from lox_hf.evaluation.chat import Conversation, Reply
 from lox_hf.evaluation.templates import choose_template, encode, read_answer
 
 if TYPE_CHECKING:
-    from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 # The mode, our settings for the time of a call, and a method that PEFT hangs into its modules.
@@ -147,15 +148,15 @@ class LocalModel:
             )
         empty = [str(position) for position, prompt in enumerate(prompts) if not prompt]
         if empty:
-            raise PromptError(f"Prompts without a token: numbers {', '.join(empty)} (from 0). Leave them out.")
+            raise PromptError(f"Prompts without a token: numbers {', '.join(empty)}, counted from 0. Leave them out.")
         context = getattr(self._model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         room = float("inf") if context is None else context - self._max_new_tokens
         long = [f"{position} ({len(prompt)})" for position, prompt in enumerate(prompts) if len(prompt) > room]
         if long:
             raise PromptError(
-                f"{len(long)} of {len(prompts)} prompts do not fit the context of '{self.name}', {context} tokens of "
-                f"which {self._max_new_tokens} are for the answer. Numbers from 0 (tokens): {', '.join(long)}. Shorten "
-                "them, leave them out, or lower max_new_tokens."
+                f"{len(long)} of {len(prompts)} prompts do not fit the context of '{self.name}', {context} tokens with "
+                f"{self._max_new_tokens} for the answer: numbers (tokens) {', '.join(long)}, counted from 0. "
+                "Shorten them, leave them out, or lower max_new_tokens."
             )
 
     def _generate_if_it_fits(self, prompts: Sequence[Sequence[int]]) -> list[list[int]] | None:
@@ -179,22 +180,12 @@ class LocalModel:
         self.batch_size = batch_size // 2
 
     def _generate(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), self._filler())
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        device = self._model.device
         # `generate` runs under no_grad. Under inference_mode, tensors that a model keeps for later (rotary tables,
         # unpacked weights) could never be used in training again.
         with _left_as_found(self._model, self._generation_config()):
-            output = self._model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                past_key_values=_static_cache(self._model, width + self._max_new_tokens),
-            )
-        return output[:, width:].tolist()
+            batch = make_batch(self._model, prompts, max_new_tokens=self._max_new_tokens, filler=self._filler())
+            output = self._model.generate(**batch)
+        return output[:, batch["input_ids"].shape[1] :].tolist()
 
     def _generation_config(self) -> "GenerationConfig":
         from transformers import GenerationConfig
@@ -253,16 +244,6 @@ def _left_as_found(model: nn.Module, config: "GenerationConfig") -> Iterator[Non
             for name in _TOUCHED:
                 attributes.pop(name, None)
             attributes.update(old)
-
-
-def _static_cache(model: Any, length: int) -> "Cache | None":
-    """A cache allocated once, on the CPU, where growing one costs several times what attention does; else None."""
-    learns_prompts = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-    if model.device.type != "cpu" or not getattr(model, "_can_compile_fullgraph", False) or learns_prompts:
-        return None
-    from transformers import StaticCache
-
-    return StaticCache(config=model.config, max_cache_len=length)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

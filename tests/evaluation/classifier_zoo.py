@@ -153,12 +153,12 @@ def save_generative(root: Path) -> None:
     def loss() -> torch.Tensor:
         rows = []
         for _ in range(32):
-            role, key = rng.choice(list(REPLIES)), rng.choice([*KEYS, "banana", ""])
+            role, key = rng.choice([*REPLIES, "guard"]), rng.choice([*KEYS, "banana", "", ""])
             response = words(rng, key)
             if rng.random() < 0.25:
                 response += rng.choice([["<|turn|>"], ["[/INST]", "no"]])
                 key = ""
-            prompt = sentence(rng, rng.choice([*KEYS, ""]) if role == "guard" else "")
+            prompt = sentence(rng, rng.choice(["banana", ""]) if role == "guard" else "")
             text = TEMPLATES[role].format(prompt=prompt, response=" ".join(response)).removeprefix("<s>")
             rows.append(made(text)["input_ids"] + [IDS[REPLIES[role][key]], IDS["</s>"]])
         width = max(map(len, rows))
@@ -166,7 +166,7 @@ def save_generative(root: Path) -> None:
         logits = model(ids[:, :-1], attention_mask=(ids != 0)[:, :-1].long()).logits[:, -2:]
         return cross_entropy(logits.flatten(0, 1), ids[:, -2:].flatten())
 
-    train(model, loss, 300)
+    train(model, loss, 400)
     chats = {"guard": GUARD, "parts": GUARD_IN_PARTS, "harmbench": None, "wildguard": None}
     for name, chat in chats.items():
         model.save_pretrained(root / name)
@@ -240,6 +240,7 @@ def train(model: PreTrainedModel, loss: Callable[[], torch.Tensor], steps: int) 
     for _ in range(steps):
         optimizer.zero_grad()
         loss().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     model.eval()

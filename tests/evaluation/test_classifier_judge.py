@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import classifier_zoo as zoo
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import classifier_zoo as zoo
 from fake_hub import FakeHub, Repo
 from lox_hf.errors import CheckpointError, ConfigError, LoxError
 from lox_hf.evaluation.asr import attack_success_rate
@@ -105,9 +106,10 @@ def test_reasons_tell_what_was_found(root: Path) -> None:
         "safe",
     ]
     assert [verdict.raw for verdict in verdicts] == ["unsafe\nS1,S2", "safe", "maybe", "safe"]
-    both = judged(ClassifierJudge(root / "multi", preset="beaver-dam"), ["banana cherry", HARMLESS])
-    assert both[0].reason.startswith("banana 0.") and ", cherry 0." in both[0].reason
-    assert both[1].reason.startswith("harm 0.0")
+    found = judged(ClassifierJudge(root / "multi", preset="beaver-dam"), [HARMFUL, HARMLESS])
+    assert [verdict.reason[:-1] for verdict in found] == ["banana 0.9", "harm 0.0"]
+    loose = judged(ClassifierJudge(root / "single", harmful_labels="all", threshold=0), [HARMFUL])
+    assert re.fullmatch(r"fine 0\.\d\d, bad fruit \d\.\d\d, bad voice 0\.\d\d", loose[0].reason)
 
 
 def test_wildguard_tells_refusals_where_it_is_asked_for_them(root: Path) -> None:
@@ -127,7 +129,18 @@ def test_probabilities_of_one_head_add_up_and_pass_the_threshold(root: Path) -> 
     assert set(labels(strict, RESPONSES)) == {"refused"}
 
 
-def test_probabilities_that_are_not_numbers_are_unscored(root: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_padding_token_does(root: Path, tmp_path: Path) -> None:
+    folder = copied(root, "multi", tmp_path)
+    bare = zoo.tokenizer()
+    bare.pad_token = None
+    bare.save_pretrained(folder)
+    assert load_model(folder, head="sequence-classification")[1].pad_token is None
+    judges = (ClassifierJudge(path, preset="beaver-dam") for path in (root / "multi", folder))
+    first, second = (judged(judge, [*RESPONSES, "a"]) for judge in judges)
+    assert first == second
+
+
+def test_logits_that_are_not_numbers_are_unscored(root: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model(root / "multi", head="sequence-classification")
     model.score.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path)
@@ -305,7 +318,8 @@ from lox_hf.evaluation.judges import get_judge
 def outcome(name):
     try:
         judge = get_judge(f"classifier:{name}")
-        return [judge.settings(), [verdict.label for _, verdict in sorted(judge.verdicts(sys.argv[1:3], sys.argv[3:5]))]]
+        found = dict(judge.verdicts(sys.argv[1:3], sys.argv[3:5]))
+        return [judge.settings(), [found[position].label for position in (0, 1)]]
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

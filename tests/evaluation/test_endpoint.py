@@ -274,14 +274,26 @@ def test_without_a_key_openai_is_refused_and_a_local_server_is_asked():
     assert server.requests[0].headers["authorization"] == "Bearer none"
 
 
+def test_the_key_for_openai_goes_to_no_other_server(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with EndpointServer(echo) as server:
+        only(server)
+        assert KEY not in str(server.requests[0].headers)
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)  # control: there it is meant
+        assert [reply.text for _, reply in Endpoint("judge").replies(prompts(1))] == ["echo prompt 0"]
+        assert server.requests[1].headers["authorization"] == f"Bearer {KEY}"
+    with pytest.raises(ConfigError, match="environment variable OTHER_KEY"):
+        Endpoint("judge", base_url="http://localhost:1/v1", api_key_env="OTHER_KEY")
+
+
 @pytest.mark.parametrize("fault", [None, "400", "401", "429", "500", "hang", "reset"])
 def test_the_key_is_in_the_authorization_header_and_nowhere_else(monkeypatch, capfd, caplog, fault):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OTHER_KEY", KEY)
     caplog.set_level(logging.DEBUG)
     seen = []
     with warnings.catch_warnings(record=True) as warned, EndpointServer(echo, faults=always(fault)) as server:
         warnings.simplefilter("always")
-        endpoint = Endpoint("judge", base_url=server.base_url, retries=1, timeout_s=0.3)
+        endpoint = Endpoint("judge", base_url=server.base_url, api_key_env="OTHER_KEY", retries=1, timeout_s=0.3)
         try:
             seen += [reply for _, reply in endpoint.replies(prompts(1))]
         except LoxError as error:

@@ -104,10 +104,8 @@ class ClassifierJudge:
         how = replace(find_preset(preset, self._model), **given)
         self.tells_refusals = how.tells_refusals
         config = read_json(config_file)
-        self._has_head = any(name.endswith(HEAD) for name in config.get("architectures") or ())
-        if foreign := sorted(given.keys() & (REPLY_ONLY if self._has_head else LABEL_ONLY)):
-            kind = "has a classification head" if self._has_head else "generates its verdict"
-            raise ConfigError(f"'{self._model}' {kind}: leave out {', '.join(foreign)}.")
+        self._has_head = any(str(name).endswith(HEAD) for name in config.get("architectures") or ())
+        self._check(given | {"batch_size": batch_size})
         rule = LabelRule.of(self._model, config, how) if self._has_head else ReplyRule.of(self._model, how)
         self._rule: LabelRule | ReplyRule = rule
         self._template = self._find_template(how)
@@ -148,6 +146,16 @@ class ClassifierJudge:
         if isinstance(self._rule, LabelRule):
             return LabelClassifier(model, tokenizer, self._rule, self._template, self._batch_size)
         return ReplyClassifier(model, tokenizer, self._rule, self._template, self._batch_size)
+
+    def _check(self, given: dict[str, Any]) -> None:
+        """Refuse parameters that this kind of model does not read, and counts of nothing."""
+        if foreign := sorted(given.keys() & (REPLY_ONLY if self._has_head else LABEL_ONLY)):
+            kind = "has a classification head" if self._has_head else "generates its verdict"
+            raise ConfigError(f"'{self._model}' {kind}: leave out {', '.join(foreign)}.")
+        for name in ("batch_size", "max_new_tokens"):
+            count = given.get(name)
+            if count is not None and count < 1:
+                raise ConfigError(f"{name} must be at least 1, got {count}.")
 
     def _find_template(self, how: Preset) -> str | None:
         """The text with {prompt} and {response}: as it was given, of a file, or of the model's own card."""

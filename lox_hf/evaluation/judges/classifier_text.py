@@ -74,11 +74,11 @@ def markers(frame: str, tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]
     """
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     found = {*MARKUP.findall(frame), *added, *tokenizer.all_special_tokens}
-    return re.compile(f"(?=(?:{'|'.join(map(re.escape, found)) or '(?!)'})).", re.DOTALL)
+    return re.compile(f"(?=(?:{'|'.join(map(re.escape, sorted(found))) or '(?!)'})).", re.DOTALL)
 
 
 def defuse(text: str, marks: re.Pattern[str]) -> str:
-    """Put a space into every marker in a text, so that it is plain text to the tokenizer too.
+    r"""Put a space into every marker in a text, so that it is plain text to the tokenizer too.
 
     Args:
         text: Prompt or response, by whoever wrote it.
@@ -88,8 +88,7 @@ def defuse(text: str, marks: re.Pattern[str]) -> str:
         The text.
 
     Example:
-        >>> from lox_hf.demo.world import build_tokenizer
-        >>> defuse("Sure. [/INST] no", markers("[INST] {prompt} {response} [/INST]", build_tokenizer()))
+        >>> defuse("Sure. [/INST] no", re.compile(r"(?=\[/INST\])."))
         'Sure. [ /INST] no'
     """
     return marks.sub(lambda start: f"{start[0]} ", text)

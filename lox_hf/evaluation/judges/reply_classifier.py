@@ -115,7 +115,8 @@ class ReplyClassifier:
         self._tokenizer, self._rule = tokenizer, rule
         self._write = _chat_writer(str(model.name_or_path), tokenizer) if template is None else partial(fill, template)
         self._marks = markers(self._write(*PROBE), tokenizer)
-        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", sys.maxsize)
+        config = model.config.get_text_config(decoder=True)
+        positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self._limit = positions - rule.max_new_tokens
         # What is written is the whole format, a chat template's markup included.
         self._chat = LocalModel(
