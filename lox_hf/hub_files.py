@@ -1,12 +1,13 @@
 """Files of a folder or a Hub repository, and uploads; the Hub's errors in our words."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lox_hf.errors import CheckpointError
+from lox_hf.errors import CheckpointError, ConfigError
 from lox_hf.records import ModelReference
 
 RepoType = Literal["model", "dataset"]
@@ -69,6 +70,7 @@ def resolve(
     if folder.is_file():
         raise CheckpointError(f"'{name_or_path}' is a file; pass the folder that holds the checkpoint.")
     _must_be_hub_id(name_or_path)
+    _check_token(token)
     import huggingface_hub
 
     with hub_errors(str(name_or_path), revision, repo_type=repo_type):
@@ -109,6 +111,7 @@ def fetch_file(
             )
         return path
     _must_be_hub_id(name_or_path)
+    _check_token(token)
     import huggingface_hub
 
     with hub_errors(str(name_or_path), revision, file_name):
@@ -136,6 +139,7 @@ def push_folder(
     import huggingface_hub
     from huggingface_hub import errors
 
+    _check_token(token)
     try:
         api = huggingface_hub.HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -194,6 +198,12 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError) and error.server_message:
         text = f"HTTP {error.response.status_code}, {error.server_message}"
     return " ".join(text.split()).rstrip(".") + "."
+
+
+def _check_token(token: str | bool | None) -> None:
+    """Refuse what no header can carry: the client's own error would quote it."""
+    if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
+        raise ConfigError("The Hub token holds a space, a line break or a letter that no token has: pass it without.")
 
 
 def _must_be_hub_id(name_or_path: str | Path) -> None:

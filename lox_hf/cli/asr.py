@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lox_hf.cli.options import add_model_options, default_output, merge_file
+from lox_hf.cli.options import add_loading_options, add_model_options, default_output, load_for_running, merge_file
 from lox_hf.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -48,9 +48,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--system-prompt", metavar="TEXT", help="a system turn before every prompt")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 60, as the paper)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="prompts at once (default: what fits)")
-    parser.add_argument("--dtype", metavar="DTYPE", help="dtype to load in (default: the checkpoint's)")
-    parser.add_argument("--device", metavar="DEVICE", help="device (default: the accelerator, else the CPU)")
+    add_loading_options(parser)
     parser.add_argument("--compare", metavar="DIR", help="an earlier run to compare with, such as the aligned model's")
     parser.set_defaults(func=run)
 
@@ -119,15 +117,8 @@ def _chat_model(options: argparse.Namespace) -> "ChatModel":
 
         return Endpoint(options.model, base_url=options.endpoint, api_key_env=options.key_env, max_new_tokens=tokens)
     from lox_hf.evaluation.generation import LocalModel
-    from lox_hf.evaluation.loading import load_model
 
-    model, tokenizer = load_model(
-        options.model,
-        revision=options.model_revision,
-        dtype=options.dtype or "auto",
-        device=options.device,
-        trust_remote_code=bool(options.trust_remote_code),
-    )
+    model, tokenizer = load_for_running(options)
     return LocalModel(
         model,
         tokenizer,

@@ -4,11 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lox_hf.cli import adapter, asr, demo, harden, subspace
+from lox_hf.cli import adapter, asr, demo, harden, subspace, utility
 from lox_hf.errors import LoxError
 from lox_hf.version import __version__
 
-COMMANDS = (harden, adapter, subspace, asr, demo)
+COMMANDS = (harden, adapter, subspace, asr, utility, demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

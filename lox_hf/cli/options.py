@@ -10,6 +10,8 @@ from lox_hf.config import ALL_LINEAR, LoxConfig
 from lox_hf.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from lox_hf.records import HardeningPlan
     from lox_hf.subspace import SafetySubspace
 
@@ -129,6 +131,26 @@ def merge_file(options: argparse.Namespace) -> argparse.Namespace:
             "every word after it; --model MODEL works anywhere."
         )
     return options
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Add how a model is loaded that is run and not only edited."""
+    parser.add_argument("--batch-size", type=int, metavar="N", help="how many at once (default: what fits)")
+    parser.add_argument("--dtype", metavar="DTYPE", help="dtype to load in (default: the checkpoint's)")
+    parser.add_argument("--device", metavar="DEVICE", help="device (default: the accelerator, else the CPU)")
+
+
+def load_for_running(options: argparse.Namespace) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load the model that the options name, with its tokenizer."""
+    from lox_hf.evaluation.loading import load_model
+
+    return load_model(
+        options.model,
+        revision=options.model_revision,
+        dtype=options.dtype or "auto",
+        device=options.device,
+        trust_remote_code=bool(options.trust_remote_code),
+    )
 
 
 def add_subspace_option(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lox_hf.cli.options import add_model_options, default_output, merge_file
+from lox_hf.cli.options import add_loading_options, add_model_options, default_output, load_for_running, merge_file
 from lox_hf.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
@@ -40,11 +40,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--perplexity", metavar="FILE", help="measure perplexity: a text a line, or the column text")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a window (default: at most 2048)")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: half of one)")
-    parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="questions or windows at once (default: what fits)"
-    )
-    parser.add_argument("--dtype", metavar="DTYPE", help="dtype to load in (default: the checkpoint's)")
-    parser.add_argument("--device", metavar="DEVICE", help="device (default: the accelerator, else the CPU)")
+    add_loading_options(parser)
     parser.set_defaults(func=run)
 
 
@@ -67,20 +63,13 @@ def run(options: argparse.Namespace) -> None:
 
 def _measure(options: argparse.Namespace, output: Path) -> "tuple[AccuracyReport | None, PerplexityReport | None]":
     from lox_hf.evaluation.gsm8k import load_questions
-    from lox_hf.evaluation.loading import load_model
     from lox_hf.evaluation.utility import gsm8k_accuracy, load_texts, perplexity
 
     questions = "gsm8k" if options.gsm8k is True else options.gsm8k  # YAML's true
     texts = load_texts(options.perplexity) if options.perplexity else []
     if questions:
         load_questions(questions, options.n)  # a mistake in the file shows before the model is loaded
-    model, tokenizer = load_model(
-        options.model,
-        revision=options.model_revision,
-        dtype=options.dtype or "auto",
-        device=options.device,
-        trust_remote_code=bool(options.trust_remote_code),
-    )
+    model, tokenizer = load_for_running(options)
     shared: dict[str, Any] = {
         "batch_size": options.batch_size,
         "progressbar": False if options.json else None,

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from transformers import StaticCache
 
 
-def make_batch(model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, filler: int) -> dict[str, Any]:
+def make_batch(model: Any, prompts: Sequence[list[int]], *, max_new_tokens: int, filler: int) -> dict[str, Any]:
     """Pad prompts to one length and make the cache they are generated with.
 
     Padding stands on the left; where the cache holds a common beginning already (the opening of a prompt format, a
@@ -61,18 +61,18 @@ def _sees_everything(cache: "StaticCache") -> bool:
     return all(type(layer) is StaticLayer for layer in cache.layers)
 
 
-def _common_beginning(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
+def _common_beginning(prompts: Sequence[list[int]]) -> list[int]:
     """What all prompts begin with, short of their last tokens: each has to have one of its own."""
     first, last = min(prompts), max(prompts)  # in the order of a dictionary, so the others share it too
     longest = min(map(len, prompts)) - 1
     return first[: next((place for place in range(longest) if first[place] != last[place]), longest)]
 
 
-def _fill(cache: "StaticCache", model: Any, shared: Sequence[int], rows: int) -> None:
+def _fill(cache: "StaticCache", model: Any, shared: list[int], rows: int) -> None:
     """Put keys and values of the common beginning into every row of an empty cache."""
     from transformers import DynamicCache
 
-    known = DynamicCache(config=model.config)
+    known: Any = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=torch.tensor([shared]), past_key_values=known, use_cache=True)
     for number, layer in enumerate(known.layers):

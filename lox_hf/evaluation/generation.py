@@ -137,7 +137,7 @@ class LocalModel:
                     yield position, self._read(prompts[position], row)
             start += len(batch)
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+    def _check(self, prompts: Sequence[list[int]]) -> None:
         """Refuse what the model cannot read, before anything is generated."""
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
         largest = max(map(max, filter(None, prompts)), default=0)
@@ -154,12 +154,12 @@ class LocalModel:
         long = [f"{position} ({len(prompt)})" for position, prompt in enumerate(prompts) if len(prompt) > room]
         if long:
             raise PromptError(
-                f"{len(long)} of {len(prompts)} prompts do not fit the context of '{self.name}', {context} tokens with "
-                f"{self._max_new_tokens} for the answer: numbers (tokens) {', '.join(long)}, counted from 0. "
+                f"{len(long)} of {len(prompts)} prompts do not fit the context of '{self.name}', {context} tokens "
+                f"with {self._max_new_tokens} for the answer: numbers (tokens) {', '.join(long)}, counted from 0. "
                 "Shorten them, leave them out, or lower max_new_tokens."
             )
 
-    def _generate_if_it_fits(self, prompts: Sequence[Sequence[int]]) -> list[list[int]] | None:
+    def _generate_if_it_fits(self, prompts: Sequence[list[int]]) -> list[list[int]] | None:
         """Return the new tokens of every prompt, None where memory ran out; by then the attempt's memory is free."""
         try:
             return self._generate(prompts)
@@ -179,7 +179,7 @@ class LocalModel:
             )
         self.batch_size = batch_size // 2
 
-    def _generate(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    def _generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         # `generate` runs under no_grad. Under inference_mode, tensors that a model keeps for later (rotary tables,
         # unpacked weights) could never be used in training again.
         with _left_as_found(self._model, self._generation_config()):
@@ -208,7 +208,7 @@ class LocalModel:
         """What stands where the mask hides it: any token of the model; the tokenizer's own padding may not be one."""
         return next(iter(self._ends()), 0)
 
-    def _read(self, prompt: Sequence[int], row: Sequence[int]) -> Reply:
+    def _read(self, prompt: list[int], row: list[int]) -> Reply:
         ends = self._ends()
         generated = list(takewhile(lambda token: token not in ends, row))
         return read_answer(self._tokenizer, prompt, generated, cut_off=len(generated) == len(row))

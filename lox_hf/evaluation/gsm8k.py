@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lox_hf.errors import ConfigError, PromptError
+from lox_hf.errors import PromptError
 from lox_hf.evaluation.prompt_sets import PromptSet, download_prompts
+from lox_hf.evaluation.prompts import check_number
 from lox_hf.evaluation.tables import fold, read_rows
 from lox_hf.evaluation.templates import ALPACA
 from lox_hf.weights.source import listing
@@ -62,8 +63,7 @@ def load_questions(name_or_path: str | Path = "gsm8k", n: int | None = None) -> 
         >>> load_questions(path)
         [Question(text='What is 2 times 21?', number=42.0)]
     """
-    if n is not None and n < 1:
-        raise ConfigError(f"n is {n}, expected a positive number of questions, or None for all.")
+    check_number(n)
     on_hub = isinstance(name_or_path, str) and fold(name_or_path) == fold(DATA_SET.name)
     paths = download_prompts(DATA_SET) if on_hub else [Path(name_or_path)]
     rows = [row for path in paths for row in read_rows(path, COLUMNS)][:n]

@@ -78,7 +78,6 @@ def load_model(
     Example:
         >>> model, tokenizer = load_model("my-hardened", dtype="bfloat16")  # doctest: +SKIP
     """
-    _check_token(token)
     placed = {"dtype": _dtype(dtype), "device": _device(device)}
     with quiet_transformers(bars=sys.stderr.isatty()):
         return _load(_resolve(name_or_path, revision, token), token, head, trust_remote_code, placed)
@@ -228,12 +227,6 @@ def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     hint = " Pass trust_remote_code if you have read that code and trust it." * ("trust_remote_code" in str(error))
     return lines[0].rstrip(" .:,") + "." + hint
-
-
-def _check_token(token: str | bool | None) -> None:
-    """Refuse what no header can carry: the client's own error would quote it."""
-    if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
-        raise ConfigError("The Hub token holds a space, a line break or a letter that no token has: pass it without.")
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:

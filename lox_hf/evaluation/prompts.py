@@ -92,16 +92,16 @@ def load_prompts(
 
 
 def check_number(n: int | None) -> None:
-    """Check how many prompts are asked for.
+    """Check how many are asked for.
 
     Args:
-        n: Number of prompts; None for all.
+        n: Number of prompts or questions; None for all.
 
     Raises:
         ConfigError: If it is no positive integer.
     """
     if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-        raise ConfigError(f"n is {n!r}, expected a positive integer, or None for all prompts.")
+        raise ConfigError(f"n is {n!r}, expected a positive integer, or None for all.")
 
 
 def prompt_id(text: str) -> str:

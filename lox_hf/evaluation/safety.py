@@ -5,9 +5,9 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from lox_hf.errors import ConfigError
+from lox_hf.evaluation.answering import answer, as_chat_model
 from lox_hf.evaluation.asr import judge_responses, summarise
 from lox_hf.evaluation.chat import ChatModel, Reply, ask
 from lox_hf.evaluation.comparison import agreement
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAFETY_REPORT_NAME = "report.json"
-GENERATIONS = "generations.jsonl"
 
 
 def evaluate_safety(
@@ -78,14 +77,7 @@ def evaluate_safety(
 
     Source: Perin et al., COLM 2025, section 4; the reference's safety/ASR.py.
     """
-    if _is_chat_model(model):
-        if tokenizer is not None:
-            raise ConfigError(f"{type(model).__name__} needs no tokenizer: leave it out.")
-        chat = cast(ChatModel, model)
-    else:
-        from lox_hf.evaluation.generation import LocalModel
-
-        chat = LocalModel(model, tokenizer, template=template, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    chat = as_chat_model(model, tokenizer, template=template, max_new_tokens=max_new_tokens, batch_size=batch_size)
     reports, _ = run_judges(
         chat,
         _load(prompts, n, column),
@@ -129,7 +121,8 @@ def run_judges(
     generation = {**chat.settings(), "system_prompt": system_prompt}
     settings = {"model": chat.name, "prompts": set_hash(prompts), **generation}
     with RunFolder(output_dir, settings) as run:
-        replies = _answer(run, chat, prompts, system_prompt, progressbar)
+        conversations = [ask(prompt.text, system_prompt) for prompt in prompts]
+        replies = answer(run, chat, conversations, list(map(_about, prompts)), progressbar)
         model = ModelReference(chat.name, generation.pop("revision", None))
         generation.pop("weights_sample", None)  # it tells runs apart, and says nothing to a reader
         reports = []
@@ -154,33 +147,9 @@ def _load(prompts: str | Path | Sequence[str | Prompt], n: int | None, column: s
     return [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts[:n]]
 
 
-def _answer(
-    run: RunFolder, chat: ChatModel, prompts: Sequence[Prompt], system_prompt: str | None, progressbar: bool | None
-) -> list[Reply]:
-    """Replies in the order of the prompts, those of an earlier process among them."""
-    journal = run.journal(GENERATIONS)
-    unanswered: dict[int, Reply] = {}
-    conversations = [ask(prompt.text, system_prompt) for prompt in prompts]
-    if getattr(chat, "batch_size", 0) is None:  # the batches of an earlier process, for the same answers to the bit
-        chat.batch_size = run.kept.get("batch_size")
-    with progress_bar(len(prompts), progressbar, "Answering", unit="prompt", done=len(journal.items)) as advance:
-        for position, reply in chat.replies(conversations, done=journal.items.keys()):
-            advance(position not in journal.items)
-            run.keep(batch_size=getattr(chat, "batch_size", None))
-            if reply.transient:
-                unanswered[position] = reply
-            else:
-                journal.add(position, _line(prompts[position], reply))
-    answered = {
-        position: Reply(item["response"], item["cut_off"], item["error"]) for position, item in journal.items.items()
-    }
-    found = unanswered | answered
-    return [found.get(position, Reply("", error="there is no answer")) for position in range(len(prompts))]
-
-
-def _line(prompt: Prompt, reply: Reply) -> dict[str, Any]:
-    asked = {"prompt": prompt.text, "harmful": prompt.harmful, "category": prompt.category}
-    return asked | {"response": reply.text, "cut_off": reply.cut_off, "error": reply.error}
+def _about(prompt: Prompt) -> dict[str, Any]:
+    """What stands beside an answer on disk."""
+    return {"prompt": prompt.text, "harmful": prompt.harmful, "category": prompt.category}
 
 
 def _judge(
@@ -211,7 +180,3 @@ def _slug(judge: Judge) -> str:
     settings = json.dumps(judge.settings(), sort_keys=True)
     name = re.sub(r"[^A-Za-z0-9.]+", "-", judge.name).strip("-.")
     return f"{name}-{hashlib.sha256((judge.name + settings).encode()).hexdigest()[:8]}"
-
-
-def _is_chat_model(model: object) -> bool:
-    return hasattr(model, "replies") and hasattr(model, "settings")

@@ -85,13 +85,13 @@ def defuse(text: str, marks: re.Pattern[str]) -> str:
         marks: What `markers` gave.
 
     Returns:
-        The text.
+        The text; halves of surrogate pairs, which tokenizers refuse, are question marks.
 
     Example:
         >>> defuse("Sure. [/INST] no", re.compile(r"(?=\[/INST\])."))
         'Sure. [ /INST] no'
     """
-    return marks.sub(lambda start: f"{start[0]} ", text)
+    return marks.sub(lambda start: f"{start[0]} ", text.encode("utf-8", "replace").decode())
 
 
 def too_long(limit: int) -> Verdict:

@@ -88,7 +88,7 @@ def find_preset(name: str | None, model: str) -> Preset:
 
     Args:
         name: Its name; None looks for the model.
-        model: Hub id or folder of the model.
+        model: Hub id or folder of the model; its last part counts.
 
     Returns:
         The preset; one that says nothing where the model has none.
@@ -101,8 +101,13 @@ def find_preset(name: str | None, model: str) -> Preset:
         'all'
     """
     if name is None:
-        by_model = {known.casefold(): preset for preset in PRESETS.values() for known in preset.models}
-        return by_model.get(model.casefold(), Preset())
+        # By the last part of the id, so that a downloaded folder and a mirror are known as well.
+        by_model = {_last_part(known): preset for preset in PRESETS.values() for known in preset.models}
+        return by_model.get(_last_part(model), Preset())
     if name not in PRESETS:
         raise ConfigError(f"There is no preset '{name}': known are {', '.join(PRESETS)}.")
     return PRESETS[name]
+
+
+def _last_part(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2].casefold()
