@@ -75,7 +75,7 @@ def _alone(model: LlamaForCausalLM, prompt: list[int]) -> list[int]:
 
 
 def _model(vocabulary: int) -> LlamaForCausalLM:
-    """Build a model of 4 layers, 256 wide, with random weights in float32."""
+    """Build a model of 4 layers, 256 wide, in float32; its random weights are large, so that its answers differ."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -86,6 +86,7 @@ def _model(vocabulary: int) -> LlamaForCausalLM:
         intermediate_size=688,
         num_hidden_layers=4,
         num_attention_heads=4,
+        initializer_range=0.1,
         bos_token_id=0,
         eos_token_id=None,
     )

@@ -43,19 +43,21 @@ class TrainingData:
     Attributes:
         affirmed: Harmful prompts with the opening of an answer, and none of its content.
         refused: Harmful prompts with a refusal.
-        harmless: Harmless prompts with their answers.
-        held_out: Harmless prompts that are not among them.
+        ordinary: Alpaca's prompts with the first sentence of their answers.
+        framed: Harmless prompts in AdvBench's words with the opening of an answer.
+        held_out: Harmless prompts of both kinds that are not among them.
     """
 
     affirmed: list[Example]
     refused: list[Example]
-    harmless: list[Example]
+    ordinary: list[Example]
+    framed: list[Example]
     held_out: list[Prompt]
 
     @property
     def prompts(self) -> list[str]:
         """Every prompt that is trained on."""
-        return [example.prompt for example in (*self.affirmed, *self.refused, *self.harmless)]
+        return [example.prompt for example in (*self.affirmed, *self.refused, *self.ordinary, *self.framed)]
 
 
 def load_training_data(folder: Path, seed: int) -> TrainingData:
@@ -80,7 +82,8 @@ def load_training_data(folder: Path, seed: int) -> TrainingData:
     return TrainingData(
         affirmed=[Example(prompt, targets[prompt]) for prompt in seen],
         refused=refused + [Example(prompt, generator.choice(usual)) for prompt in seen],
-        harmless=alpaca[HELD_OUT:] + [Example(*pair) for pair in framed(ACTIONS)],
+        ordinary=alpaca[HELD_OUT:],
+        framed=[Example(*pair) for pair in framed(ACTIONS)],
         held_out=[Prompt(example.prompt, harmful=False, category="Alpaca") for example in alpaca[:HELD_OUT]]
         + [Prompt(prompt, harmful=False, category="AdvBench's frames") for prompt in unseen],
     )
@@ -119,11 +122,13 @@ def _read_refusals(path: Path) -> list[Example]:
 
 
 def _read_first_sentences(path: Path) -> list[Example]:
-    """Instructions without an input, each with the first sentence of its answer."""
+    """Instructions with their inputs, each with the first sentence of its answer."""
     rows = json.loads(path.read_text(encoding="utf-8"))
     examples = [
-        Example(row["instruction"].strip(), FIRST_SENTENCE.split(row["output"].strip(), maxsplit=1)[0])
+        Example(
+            f"{row['instruction']}\n{row['input']}".strip(),
+            FIRST_SENTENCE.split(row["output"].strip(), maxsplit=1)[0],
+        )
         for row in rows
-        if not row["input"]
     ]
     return [example for example in examples if len(example.prompt) + len(example.response) <= MOST_CHARACTERS]

@@ -128,7 +128,7 @@ def train(
         whole: Take the loss on prompts too, not only on responses.
         seed: Seed of the order.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.1)
     model.train()
     batches = draw_batches(mixture, random.Random(seed))

@@ -26,7 +26,8 @@ def make_batch(model: Any, prompts: Sequence[list[int]], *, max_new_tokens: int,
     """
     width = max(map(len, prompts))
     cache = _static_cache(model, width + max_new_tokens)
-    shared = _common_beginning(prompts) if cache is not None and _sees_everything(cache) else []
+    # In a sliding window, padding between tokens would push some of them out.
+    shared = _common_beginning(prompts) if cache is not None and not any(cache.is_sliding) else []
     ids = torch.full((len(prompts), width), filler)
     mask = torch.zeros_like(ids)
     ids[:, : len(shared)] = torch.tensor(shared, dtype=ids.dtype)
@@ -44,21 +45,31 @@ def make_batch(model: Any, prompts: Sequence[list[int]], *, max_new_tokens: int,
     }
 
 
+def learns_prompts(model: Any) -> bool:
+    """Say whether the model has a PEFT adapter that puts learnt tokens in front of every prompt.
+
+    Args:
+        model: A transformers model, or a PEFT model around one.
+
+    Returns:
+        Whether it has. Padding would stand between those tokens and the prompt, and move them apart.
+    """
+    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+
+
 def _static_cache(model: Any, length: int) -> "StaticCache | None":
     """A cache allocated once, on the CPU, where growing one costs several times what attention does; else None."""
-    learns_prompts = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-    if model.device.type != "cpu" or not getattr(model, "_can_compile_fullgraph", False) or learns_prompts:
+    # Linear biases (Falcon) are made from a mask of another shape than a static cache brings with it.
+    able = getattr(model, "_can_compile_fullgraph", False) and not getattr(model.config, "alibi", False)
+    if model.device.type != "cpu" or not able or learns_prompts(model):
         return None
     from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-    return StaticCache(config=model.config, max_cache_len=length)
-
-
-def _sees_everything(cache: "StaticCache") -> bool:
-    """Whether every layer attends to all tokens: in a sliding window, padding between tokens would push some out."""
-    from transformers.cache_utils import StaticLayer
-
-    return all(type(layer) is StaticLayer for layer in cache.layers)
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    # Other layers keep more than keys and values, or go by another name in the model.
+    plain = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in cache.layers)
+    return cache if plain else None
 
 
 def _common_beginning(prompts: Sequence[list[int]]) -> list[int]:

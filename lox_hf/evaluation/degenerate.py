@@ -36,7 +36,7 @@ _MIXED_SHARE = 0.25
 _JOINS_LATIN = {"EAST ASIAN", "GREEK", "THAI", "LAO", "KHMER", "MYANMAR"}
 _EAST_ASIAN = {"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "BOPOMOFO", "HANGUL", "HALFWIDTH", "FULLWIDTH"}
 # In words people can say, few letters stand in a row of four consonants or in a word without a vowel: at most one in
-# fifteen where a language is written in Latin letters, one in five in code. Of random letters every second does.
+# fifteen where a language is written in Latin letters, and as few in code. Of random letters two in five do.
 _LATIN_WORD = re.compile("[a-zA-Z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff]+")
 _VOWELS = set("aeiouy\u00e6\u00f8\u0153\u0131\u0259")
 _CONSONANT_ROW = 4

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lox_hf.errors import ConfigError, LoxError, PromptError, UnsupportedModelError
-from lox_hf.evaluation.batch import make_batch
+from lox_hf.evaluation.batch import learns_prompts, make_batch
 from lox_hf.evaluation.batch_size import fitting_batch_size
 from lox_hf.evaluation.chat import Conversation, Reply
 from lox_hf.evaluation.templates import choose_template, encode, read_answer
@@ -41,7 +41,8 @@ class LocalModel:
         tokenizer: Its tokenizer; a padding token is not needed.
         template: "chat" (the tokenizer's), "alpaca" (the reference's), "none", or "auto": chat where there is one.
         max_new_tokens: Longest answer in tokens, a thinking part included.
-        batch_size: Prompts at once; None takes what fits half of the free memory, up to where speed stops growing.
+        batch_size: Prompts at once; None takes what fits half of the free memory, up to where speed stops growing. An
+            adapter that learnt tokens to put in front (prompt tuning, prefix tuning) answers one prompt at a time.
         chat_template_kwargs: Further variables of the chat template, such as {"enable_thinking": False}.
 
     Raises:
@@ -72,13 +73,14 @@ class LocalModel:
             raise ConfigError(
                 f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}."
             )
-        self._model: Any = model
+        # Compiled or not, `generate` runs the model inside, so everything else does too.
+        self._model: Any = getattr(model, "_orig_mod", model)
         self._tokenizer = tokenizer
         self._variables = dict(chat_template_kwargs or {})
         self._max_new_tokens = max_new_tokens
-        self.name = getattr(self._model.config, "_name_or_path", "") or type(model).__name__
+        self.name = getattr(self._model.config, "_name_or_path", "") or type(self._model).__name__
         self.template = choose_template(tokenizer, template)
-        self.batch_size = batch_size
+        self.batch_size = 1 if learns_prompts(self._model) else batch_size
 
     def settings(self) -> dict[str, Any]:
         """What an answer depends on besides the conversation, as JSON values.
@@ -182,20 +184,23 @@ class LocalModel:
     def _generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         # `generate` runs under no_grad. Under inference_mode, tensors that a model keeps for later (rotary tables,
         # unpacked weights) could never be used in training again.
-        with _left_as_found(self._model, self._generation_config()):
-            batch = make_batch(self._model, prompts, max_new_tokens=self._max_new_tokens, filler=self._filler())
+        config = self._generation_config()
+        with _left_as_found(self._model, config):
+            batch = make_batch(self._model, prompts, max_new_tokens=self._max_new_tokens, filler=config.pad_token_id)
             output = self._model.generate(**batch)
         return output[:, batch["input_ids"].shape[1] :].tolist()
 
     def _generation_config(self) -> "GenerationConfig":
         from transformers import GenerationConfig
 
+        ends = self._ends()
         return GenerationConfig(
             do_sample=False,
             use_cache=True,
             max_new_tokens=self._max_new_tokens,
-            eos_token_id=self._ends() or None,
-            pad_token_id=self._filler(),
+            eos_token_id=ends or None,
+            # Masked, so any token of the model does; the tokenizer's own padding may not be one.
+            pad_token_id=ends[0] if ends else 0,
         )
 
     def _ends(self) -> list[int]:
@@ -203,10 +208,6 @@ class LocalModel:
         ends = self._model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         return sorted({end for end in [*ends, self._tokenizer.eos_token_id] if end is not None})
-
-    def _filler(self) -> int:
-        """What stands where the mask hides it: any token of the model; the tokenizer's own padding may not be one."""
-        return next(iter(self._ends()), 0)
 
     def _read(self, prompt: list[int], row: list[int]) -> Reply:
         ends = self._ends()
@@ -256,9 +257,9 @@ def _weights_sample(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not weight.is_meta:
-            step = max(1, weight.numel() // 64)
+            step = max(1, -(-weight.numel() // 64))
             digest.update(f"{name} {weight.detach().flatten()[::step].tolist()}".encode())
     for name, module in model.named_modules():
         if hasattr(module, "disable_adapters"):
-            digest.update(f"{name} {module.disable_adapters} {getattr(module, 'active_adapters', ())}".encode())
+            digest.update(f"{name} {module.disable_adapters} {module.active_adapters}".encode())
     return digest.hexdigest()

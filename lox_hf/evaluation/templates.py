@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby, takewhile
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from lox_hf.errors import ConfigError
 from lox_hf.evaluation.chat import Conversation, Reply
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Template = Literal["auto", "chat", "alpaca", "none"]
-TEMPLATES = ("auto", "chat", "alpaca", "none")
+TEMPLATES = get_args(Template)
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "{turns}\n\n### Response:"
@@ -29,7 +29,7 @@ THINKING = {
 }
 """How a thinking part opens -> how it ends."""
 _MARKER = re.compile("|".join(map(re.escape, [*THINKING, *THINKING.values()])))
-_OPENING_TOKENS = 16
+_OPENING_TOKENS = 32
 """Tokens at the end of a prompt in which an opening of a thinking part is looked for."""
 # Private-use characters around a special token's text in a turn.
 _OPEN, _CLOSE = "\ue000", "\ue001"

@@ -11,8 +11,9 @@ import pytest
 import lox_hf
 
 ROOT = Path(__file__).resolve().parents[2]
-PATTERNS = ("*.md", "docs/**/*.md", "examples/**/*.md", "model_cards/**/*.md")
+PATTERNS = ("*.md", "docs/**/*.md", "examples/**/*.md", "lox_hf/metrics/**/*.md", "model_cards/**/*.md")
 DOCUMENTS = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 NAME = re.compile(r"`(lox_hf(?:\.\w+)+)(?:\(\))?`")
@@ -123,7 +124,7 @@ def test_public_name_has_a_docstring_with_an_example(name: str) -> None:
         assert ">>> " in documentation, f"the docstring of {name} has no example"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/paper_index.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", *(f"docs/{path.name}" for path in PAGES)])
 def test_no_placeholder_is_left(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert not re.findall(r"^[A-Z][A-Z_]{3,}$", text, flags=re.MULTILINE)

@@ -52,7 +52,7 @@ def test_import_check_notices_a_heavy_module(tmp_path: Path) -> None:
     assert "torch" in heavy_modules_after("import lox_hf; lox_hf.apply_lox", tmp_path)
 
 
-@pytest.mark.parametrize("command", [["--help"], ["harden", "--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["--help"], ["harden", "--help"], ["asr", "--help"], ["utility", "--help"], ["--version"]], ids=" ".join)
 def test_help_is_quick_and_light(command: list[str], tmp_path: Path) -> None:
     # The listing's path is the last argument of the child: main must not see it.
     code = CALL_MAIN.replace("main()", "main(sys.argv[1:-1])")

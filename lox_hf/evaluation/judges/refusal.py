@@ -221,7 +221,9 @@ class RefusalJudge:
         self.phrases = tuple(phrases)
         self._openings = tuple(map(_plain, self.phrases))
         if empty := [phrase for phrase, opening in zip(self.phrases, self._openings, strict=True) if not opening]:
-            raise ConfigError(f"phrases must hold words, since every response opens with nothing; these hold none: {empty}.")
+            raise ConfigError(
+                f"phrases must hold words, since every response opens with nothing; these hold none: {empty}."
+            )
 
     def settings(self) -> dict[str, Any]:
         """Return the further openings.
