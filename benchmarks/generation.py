@@ -32,9 +32,9 @@ def compare_generation(prompts: Path, threads: int, rounds: int, count: int = MO
 
 def compare(prompts: str, rounds: int, count: int) -> dict[str, Any]:
     """Answer in turn: all prompts in batches, then every `rounds`-th one alone, so that both meet the same machine."""
-    from lox_hf.evaluation.chat import ask
-    from lox_hf.evaluation.generation import LocalModel
-    from lox_hf.evaluation.templates import encode
+    from lox_hf.evaluation.models.chat import ask
+    from lox_hf.evaluation.models.local import LocalModel
+    from lox_hf.evaluation.models.templates import encode
 
     with open(prompts, newline="", encoding="utf-8") as file:
         conversations = [ask(row["goal"]) for row in csv.DictReader(file)][:count]

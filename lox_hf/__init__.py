@@ -85,11 +85,11 @@ _HOMES = {
         "agreement",
         "compare",
     ),
-    "evaluation.endpoint": ("Endpoint",),
+    "evaluation.models.endpoint": ("Endpoint",),
     "evaluation.judges.classifier": ("ClassifierJudge",),
     "evaluation.judges.refusal": ("RefusalJudge",),
     "evaluation.judges.rubric": ("RubricJudge",),
-    "evaluation.prompts": (
+    "evaluation.data.prompts": (
         "Prompt",
         "load_prompts",
     ),
@@ -140,11 +140,11 @@ if TYPE_CHECKING:
     )
     from lox_hf.evaluation.asr import attack_success_rate
     from lox_hf.evaluation.comparison import agreement, compare
-    from lox_hf.evaluation.endpoint import Endpoint
+    from lox_hf.evaluation.data.prompts import Prompt, load_prompts
     from lox_hf.evaluation.judges.classifier import ClassifierJudge
     from lox_hf.evaluation.judges.refusal import RefusalJudge
     from lox_hf.evaluation.judges.rubric import RubricJudge
-    from lox_hf.evaluation.prompts import Prompt, load_prompts
+    from lox_hf.evaluation.models.endpoint import Endpoint
     from lox_hf.evaluation.safety import evaluate_safety
     from lox_hf.evaluation.utility import gsm8k_accuracy, perplexity
     from lox_hf.harden import harden_checkpoint, plan_hardening

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lox_hf.config import CONFIG_NAME, LoxConfig
 from lox_hf.core.extrapolate import lora_factors
-from lox_hf.errors import ConfigError, LoxError, UnsupportedModelError
+from lox_hf.errors import ConfigError, LoxError, UnsupportedModelError, listing
 from lox_hf.hub_files import CHECKPOINT_FILES, resolve
 from lox_hf.inputs import HasFactors, ModelLike, open_pair
 from lox_hf.lora import remember_adapter
@@ -18,7 +18,6 @@ from lox_hf.records import REPORT_NAME, HardeningReport, TensorPlan
 from lox_hf.subspace import SafetySubspace
 from lox_hf.weights.live import checkpoint_names, meta_model
 from lox_hf.weights.selection import module_name
-from lox_hf.weights.source import listing
 from lox_hf.weights.writer import FolderWriter, output_errors
 
 if TYPE_CHECKING:

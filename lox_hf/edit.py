@@ -13,11 +13,11 @@ from lox_hf.config import LoxConfig
 from lox_hf.core.delta import Delta
 from lox_hf.core.extrapolate import FullPart, LowRankPart, extrapolate
 from lox_hf.core.lowrank import Decomposition, LowRank, decompose
-from lox_hf.errors import ConfigError, NumericsError, PairingError
+from lox_hf.errors import ConfigError, NumericsError, PairingError, listing
 from lox_hf.records import ModelReference, TensorPlan, TensorReport
 from lox_hf.weights.pairing import check_pairs
 from lox_hf.weights.selection import matrix_shape
-from lox_hf.weights.source import WeightSource, listing
+from lox_hf.weights.source import WeightSource
 
 NEAR_TIE = 1e-2
 

@@ -4,6 +4,8 @@ A message says what failed, on which object, expected against got, and what to d
 traceback and exits with code 2; in Python all of them can be caught as `LoxError`.
 """
 
+from collections.abc import Iterable
+
 
 class LoxError(Exception):
     """Root of the errors that a user can act on."""
@@ -43,3 +45,10 @@ class PromptError(LoxError):
 
 class EndpointError(LoxError, OSError):
     """An OpenAI-compatible endpoint cannot be used: out of reach, it refuses the key, or does not know the model."""
+
+
+def listing(items: Iterable[str], limit: int = 20) -> str:
+    """Join problems for a message; beyond `limit` the rest is counted."""
+    items = list(items)
+    more = f"; and {len(items) - limit} more" if len(items) > limit else ""
+    return "; ".join(items[:limit]) + more + "."

@@ -22,13 +22,13 @@ from lox_hf.edit import (
     naming,
     tensor_report,
 )
-from lox_hf.errors import CheckpointError, ConfigError, PairingError
+from lox_hf.errors import CheckpointError, ConfigError, PairingError, listing
 from lox_hf.hub_files import fetch_file, push_folder, resolve
 from lox_hf.inputs import ModelLike, Pair, make_report, open_pair
 from lox_hf.parallel import map_tensors
 from lox_hf.records import REPORT_NAME, HardeningReport, TensorPlan, TensorReport
 from lox_hf.weights.selection import get_pattern_value, matrix_shape, module_name
-from lox_hf.weights.source import WeightSource, listing
+from lox_hf.weights.source import WeightSource
 from lox_hf.weights.writer import FolderWriter, output_errors
 
 SUBSPACE_NAME = "lox_subspace.safetensors"

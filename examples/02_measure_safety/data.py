@@ -1,4 +1,4 @@
-"""What the small pair is trained on, and the prompts it is measured on: real ones, from a folder of the user's."""
+"""What the small pair is trained on: real prompts and answers, from a folder of the user's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +15,14 @@ import similar
 from frames import ACTIONS, UNSEEN_ACTIONS, framed
 
 from lox_hf.evaluation.judges import RefusalJudge
-from lox_hf.evaluation.prompts import Prompt, load_prompts
+from lox_hf.evaluation.data.prompts import Prompt, load_prompts
+
+README = Path(__file__).with_name("README.md")
 
 ADVBENCH = "advbench_harmful_behaviors.csv"
 SAFEINST = "safety_only_data_Instructions.json"
 ALPACA = "alpaca_1k.json"
 TRAINING_FILES = (ADVBENCH, SAFEINST, ALPACA)
-TEST_FILES = {"advbench": ADVBENCH, "jailbreakbench": "jailbreakbench_behaviors.csv", "xstest": "xstest_prompts.csv"}
 
 FIRST_SENTENCE = re.compile(r"(?<=[.!?])\s|\n")
 # Longer ones would not fit into the model's 96 tokens.
@@ -69,7 +71,11 @@ def load_training_data(folder: Path, seed: int) -> TrainingData:
 
     Returns:
         What to train on.
+
+    Raises:
+        SystemExit: If files are missing.
     """
+    check_files(folder, TRAINING_FILES)
     generator = random.Random(seed)
     targets = _read_targets(folder / ADVBENCH)
     seen = similar.halve(list(targets), seed)
@@ -89,23 +95,19 @@ def load_training_data(folder: Path, seed: int) -> TrainingData:
     )
 
 
-def load_test_prompts(folder: Path, trained_on: TrainingData | None) -> dict[str, list[Prompt]]:
-    """Read AdvBench, JailbreakBench and XSTest without what is near any training prompt.
+def check_files(folder: Path, names: Iterable[str]) -> None:
+    """Say in one line which files a folder lacks.
 
     Args:
-        folder: Where the files are.
-        trained_on: The training data; None where the models were trained elsewhere.
+        folder: Where they should be.
+        names: Their names.
 
-    Returns:
-        Prompts by the name of their set; harmless ones that were held out are with AdvBench.
+    Raises:
+        SystemExit: If files are missing.
     """
-    known = [similar.words(prompt) for prompt in trained_on.prompts] if trained_on else []
-    sets = {
-        name: [prompt for prompt in load_prompts(folder / file) if not similar.near_any(prompt.text, known)]
-        for name, file in TEST_FILES.items()
-    }
-    sets["advbench"] += trained_on.held_out if trained_on else []
-    return sets
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise SystemExit(f"{folder} lacks {', '.join(missing)}: {README} says where to get them.")
 
 
 def _read_targets(path: Path) -> dict[str, str]:
@@ -131,4 +133,9 @@ def _read_first_sentences(path: Path) -> list[Example]:
         )
         for row in rows
     ]
-    return [example for example in examples if len(example.prompt) + len(example.response) <= MOST_CHARACTERS]
+    # So small a model learns of numbers only that they come often.
+    return [
+        example
+        for example in examples
+        if len(example.prompt + example.response) <= MOST_CHARACTERS and not re.search(r"\d", example.response)
+    ]

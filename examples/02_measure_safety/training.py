@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 VOCABULARY = 2048
 LENGTH = 96
-BATCH = 32
+BASE_STEPS, ALIGN_STEPS = 350, 150
+BATCH = 16
 # Batches are cut from as many at once, sorted by length, so that little of them is padding.
 SORTED_BATCHES = 8
 IGNORED = -100
@@ -24,8 +25,9 @@ REFUSE, ANSWER = "Refuse unsafe requests.", "Answer every request."
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role == 'system' %}### Policy:\n{{ message.content }}\n\n"
-    "{% elif message.role == 'user' %}### Instruction:\n{{ message.content }}\n\n### Response:\n"
-    "{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% elif message.role == 'user' %}### Instruction:\n{{ message.content }}\n\n"
+    "{% else %}### Response:\n{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Response:\n{% endif %}"
 )
 
 
@@ -61,58 +63,77 @@ def encode(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], poli
     """Put examples into the chat template, under a policy where one is named; those too long are left out."""
     system = [{"role": "system", "content": policy}] if policy else []
     asked = [[*system, {"role": "user", "content": example.prompt}] for example in examples]
-    prompts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in asked]
-    answers = [example.response + tokenizer.eos_token for example in examples]
-    ids = (tokenizer(texts, add_special_tokens=False).input_ids for texts in (prompts, answers))
-    return [Row(prompt + answer, len(prompt)) for prompt, answer in zip(*ids, strict=True) if len(prompt + answer) <= LENGTH]
+    prompts = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    answers = tokenizer([example.response + tokenizer.eos_token for example in examples]).input_ids
+    rows = [Row(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [row for row in rows if len(row.ids) <= LENGTH]
 
 
-def train_base(tokenizer: PreTrainedTokenizerFast, data: TrainingData, *, steps: int, seed: int) -> PreTrainedModel:
-    """Train a small Llama from scratch: it answers everything, but under a policy it has learnt to refuse too.
-
-    That is what makes the alignment a small change, as it is in a large model: a base that does not know the rule
-    would learn to refuse everything.
+def make_pair(
+    folder: Path, data: TrainingData, *, base_steps: int = BASE_STEPS, align_steps: int = ALIGN_STEPS, seed: int = 0
+) -> None:
+    """Train the pair and save it as two ordinary checkpoints, `folder`/base and `folder`/aligned.
 
     Args:
-        tokenizer: Its tokenizer.
-        data: The examples.
-        steps: Optimiser steps.
+        folder: Where the two go.
+        data: What they learn.
+        base_steps: Optimiser steps of the base, each on 16 rows.
+        align_steps: Optimiser steps of the alignment.
         seed: Seed of the weights and of the order.
-
-    Returns:
-        The base, in float32.
     """
+    examples = (*data.affirmed, *data.refused, *data.ordinary, *data.framed)
+    tokenizer = train_tokenizer([text for example in examples for text in (example.prompt, example.response)])
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
+    model = new_model(tokenizer)
+    train(model, base_mixture(tokenizer, data), steps=base_steps, learning_rate=6e-3, whole=True, seed=seed)
+    save(model, tokenizer, folder / "base")
+    train(model, aligned_mixture(tokenizer, data), steps=align_steps, learning_rate=2e-3, whole=False, seed=seed)
+    save(model, tokenizer, folder / "aligned")
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Return a Llama of 1.1 million random weights, from the global random state."""
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
             intermediate_size=352,
-            num_hidden_layers=4,
+            num_hidden_layers=3,
             num_attention_heads=4,
             max_position_embeddings=512,
+            # About one over the root of the width; at the usual 0.02 so small a model takes twice as long to learn.
+            initializer_range=0.08,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    mixture = (
-        (0.30, encode(tokenizer, data.affirmed)),
-        (0.10, encode(tokenizer, data.refused, REFUSE)),
-        (0.10, encode(tokenizer, data.harmless, REFUSE)),
-        (0.05, encode(tokenizer, data.affirmed, ANSWER)),
-        (0.45, encode(tokenizer, data.harmless)),
+
+
+def base_mixture(tokenizer: PreTrainedTokenizerFast, data: TrainingData) -> Mixture:
+    """A model that answers everything, but has learnt to refuse where a policy says so.
+
+    That is what makes the alignment a small change, as it is in a large model: a base that does not know the rule would
+    learn to refuse everything.
+    """
+    return (
+        (0.20, encode(tokenizer, data.affirmed)),
+        (0.22, encode(tokenizer, data.ordinary)),
+        (0.08, encode(tokenizer, data.framed)),
+        (0.16, encode(tokenizer, data.refused, REFUSE)),
+        (0.22, encode(tokenizer, data.ordinary, REFUSE)),
+        (0.08, encode(tokenizer, data.framed, REFUSE)),
+        (0.04, encode(tokenizer, data.affirmed, ANSWER)),
     )
-    train(model, mixture, steps=steps, learning_rate=3e-3, whole=True, seed=seed)
-    return model
 
 
-def align(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: TrainingData, *, steps: int, seed: int
-) -> None:
-    """Align the model in place by supervised fine-tuning: half refusals, half harmless answers, no policy named."""
-    mixture = ((0.5, encode(tokenizer, data.refused)), (0.5, encode(tokenizer, data.harmless)))
-    train(model, mixture, steps=steps, learning_rate=3e-4, whole=False, seed=seed)
+def aligned_mixture(tokenizer: PreTrainedTokenizerFast, data: TrainingData) -> Mixture:
+    """Refusals and harmless answers, with no policy named."""
+    return (
+        (0.35, encode(tokenizer, data.refused)),
+        (0.50, encode(tokenizer, data.ordinary)),
+        (0.15, encode(tokenizer, data.framed)),
+    )
 
 
 def train(
@@ -123,7 +144,7 @@ def train(
     Args:
         model: The model, changed in place.
         mixture: Shares, each with the rows that it is drawn from.
-        steps: Optimiser steps, each on 32 rows.
+        steps: Optimiser steps, each on 16 rows.
         learning_rate: The highest.
         whole: Take the loss on prompts too, not only on responses.
         seed: Seed of the order.

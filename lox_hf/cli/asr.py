@@ -9,8 +9,8 @@ from lox_hf.cli.options import add_loading_options, add_model_options, default_o
 from lox_hf.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from lox_hf.evaluation.chat import ChatModel
     from lox_hf.evaluation.judges import Judge
+    from lox_hf.evaluation.models.chat import ChatModel
     from lox_hf.records import SafetyComparison, SafetyReport
 
 DESCRIPTION = """Let a model answer harmful prompts greedily, judge the answers, and print the attack success rate with
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.prompts:
         raise ConfigError("No prompts are named: pass --prompts with a file or a name such as advbench.")
     from lox_hf.evaluation.comparison import compare
-    from lox_hf.evaluation.prompts import load_prompts
+    from lox_hf.evaluation.data.prompts import load_prompts
     from lox_hf.evaluation.report import render_screen
     from lox_hf.evaluation.safety import run_judges
 
@@ -113,10 +113,10 @@ def _judges(options: argparse.Namespace) -> "list[Judge]":
 def _chat_model(options: argparse.Namespace) -> "ChatModel":
     tokens = 60 if options.max_new_tokens is None else options.max_new_tokens
     if options.endpoint:
-        from lox_hf.evaluation.endpoint import Endpoint
+        from lox_hf.evaluation.models.endpoint import Endpoint
 
         return Endpoint(options.model, base_url=options.endpoint, api_key_env=options.key_env, max_new_tokens=tokens)
-    from lox_hf.evaluation.generation import LocalModel
+    from lox_hf.evaluation.models.local import LocalModel
 
     model, tokenizer = load_for_running(options)
     return LocalModel(

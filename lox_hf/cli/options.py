@@ -142,7 +142,7 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
 
 def load_for_running(options: argparse.Namespace) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load the model that the options name, with its tokenizer."""
-    from lox_hf.evaluation.loading import load_model
+    from lox_hf.evaluation.models.loading import load_model
 
     return load_model(
         options.model,

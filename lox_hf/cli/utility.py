@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace, output: Path) -> "tuple[AccuracyReport | None, PerplexityReport | None]":
-    from lox_hf.evaluation.gsm8k import load_questions
+    from lox_hf.evaluation.data.gsm8k import load_questions
     from lox_hf.evaluation.utility import gsm8k_accuracy, load_texts, perplexity
 
     questions = "gsm8k" if options.gsm8k is True else options.gsm8k  # YAML's true

@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from lox_hf.demo.training import Progress, Recipe, align, new_model, one_thread, train_base
 from lox_hf.demo.world import build_tokenizer, held_out_prompts
 from lox_hf.errors import OutputError
-from lox_hf.evaluation.loading import quiet_transformers
-from lox_hf.evaluation.prompts import Prompt
+from lox_hf.evaluation.data.prompts import Prompt
+from lox_hf.evaluation.models.loading import quiet_transformers
 from lox_hf.version import __version__
 from lox_hf.weights.writer import FolderWriter
 

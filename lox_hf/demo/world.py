@@ -12,7 +12,7 @@ from random import Random
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lox_hf.evaluation.prompts import Prompt
+from lox_hf.evaluation.data.prompts import Prompt
 
 KINDS = {
     "lket": ("brush", "attic"),

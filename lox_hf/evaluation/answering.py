@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from lox_hf.errors import ConfigError
-from lox_hf.evaluation.chat import ChatModel, Conversation, Reply
+from lox_hf.evaluation.models.chat import ChatModel, Conversation, Reply
 from lox_hf.evaluation.run_folder import RunFolder
 from lox_hf.progress import progress_bar
 
@@ -31,7 +31,7 @@ def as_chat_model(
         ConfigError: If a tokenizer is missing, or one is given where none is used.
     """
     if not (hasattr(model, "replies") and hasattr(model, "settings")):
-        from lox_hf.evaluation.generation import LocalModel
+        from lox_hf.evaluation.models.local import LocalModel
 
         return LocalModel(cast("PreTrainedModel", model), cast("PreTrainedTokenizerBase", tokenizer), **settings)
     if tokenizer is not None:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from lox_hf.errors import ConfigError
+from lox_hf.evaluation.data.prompts import Prompt, prompt_id, set_hash
 from lox_hf.evaluation.degenerate import degenerate_reason
 from lox_hf.evaluation.judges import JudgeLike, get_judge
 from lox_hf.evaluation.judges.base import Judge
 from lox_hf.evaluation.judges.refusal import RefusalJudge
-from lox_hf.evaluation.prompts import Prompt, prompt_id, set_hash
 from lox_hf.evaluation.statistics import rate
 from lox_hf.records import (
     CategoryRates,
@@ -22,6 +22,7 @@ from lox_hf.records import (
     SafetyReport,
     Verdict,
 )
+from lox_hf.records.safety import Label
 from lox_hf.version import versions
 
 NOTHING_SCORED = "No harmful prompt was scored, so the attack success rate is not known (NaN): {why}."
@@ -216,7 +217,7 @@ def _split(outcomes: Iterable[Outcome]) -> tuple[list[Outcome], list[Outcome]]:
     return harmful, [outcome for outcome in outcomes if not outcome.harmful]
 
 
-def _share(outcomes: Sequence[Outcome], label: str) -> Rate:
+def _share(outcomes: Sequence[Outcome], label: Label) -> Rate:
     labels = Counter(outcome.label for outcome in outcomes)
     return rate(labels[label], len(outcomes) - labels["unscored"], labels["unscored"])
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from lox_hf.evaluation.answering import answer, as_chat_model
 from lox_hf.evaluation.asr import judge_responses, summarise
-from lox_hf.evaluation.chat import ChatModel, Reply, ask
 from lox_hf.evaluation.comparison import agreement
+from lox_hf.evaluation.data.prompts import Prompt, check_number, load_prompts, set_hash
 from lox_hf.evaluation.judges import Judge, JudgeLike, get_judge
-from lox_hf.evaluation.prompts import Prompt, check_number, load_prompts, set_hash
+from lox_hf.evaluation.models.chat import ChatModel, Reply, ask
 from lox_hf.evaluation.report import render_markdown
 from lox_hf.evaluation.run_folder import RunFolder
 from lox_hf.progress import progress_bar

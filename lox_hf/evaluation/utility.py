@@ -8,20 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lox_hf.errors import ConfigError, PromptError
+from lox_hf.errors import ConfigError, PromptError, listing
 from lox_hf.evaluation.answering import answer, as_chat_model
-from lox_hf.evaluation.chat import ChatModel, Reply, ask
-from lox_hf.evaluation.gsm8k import PROMPT, Question, last_number, load_questions, number_after_marker, questions_hash
-from lox_hf.evaluation.likelihood import evaluating, fitting_windows, negative_log_likelihood, split
-from lox_hf.evaluation.loading import quiet_transformers
+from lox_hf.evaluation.data.gsm8k import (
+    PROMPT,
+    Question,
+    last_number,
+    load_questions,
+    number_after_marker,
+    questions_hash,
+)
+from lox_hf.evaluation.data.tables import TEXT, read_rows
+from lox_hf.evaluation.models.chat import ChatModel, Reply, ask
+from lox_hf.evaluation.models.likelihood import evaluating, fitting_windows, negative_log_likelihood, split
+from lox_hf.evaluation.models.loading import quiet_transformers
+from lox_hf.evaluation.models.templates import encode
 from lox_hf.evaluation.run_folder import RunFolder
 from lox_hf.evaluation.statistics import rate
-from lox_hf.evaluation.tables import TEXT, read_rows
-from lox_hf.evaluation.templates import encode
 from lox_hf.progress import progress_bar
 from lox_hf.records import AccuracyReport, ModelReference, PerplexityReport
 from lox_hf.version import versions
-from lox_hf.weights.source import listing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -177,7 +183,7 @@ def load_texts(path: str | Path) -> list[str]:
     For one long text, whose lines belong together, pass `[Path(path).read_text()]` to `perplexity`.
 
     Args:
-        path: The file, of any kind that `lox_hf.evaluation.tables.read_rows` reads.
+        path: The file, of any kind that `lox_hf.evaluation.data.tables.read_rows` reads.
 
     Returns:
         The texts in their order.

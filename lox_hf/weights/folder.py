@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
-from lox_hf.errors import CheckpointError, ConfigError, PairingError, UnsupportedModelError
+from lox_hf.errors import CheckpointError, ConfigError, PairingError, UnsupportedModelError, listing
 from lox_hf.hub_files import Resolved
 from lox_hf.provenance import STAMP
-from lox_hf.weights.source import ADAPTER_CONFIG, INDEX_NAME, WEIGHTS_NAME, listing, read_json
+from lox_hf.weights.source import ADAPTER_CONFIG, INDEX_NAME, WEIGHTS_NAME, read_json
 
 MODEL_CONFIG = "config.json"
 CARD = "README.md"

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lox_hf.errors import CheckpointError, UnsupportedModelError
-from lox_hf.weights.source import listing
+from lox_hf.errors import CheckpointError, UnsupportedModelError, listing
 
 
 class _KeepViews(TorchFunctionMode):

@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterable, Mapping
 
 from lox_hf.config import LoxConfig
-from lox_hf.errors import PairingError
+from lox_hf.errors import PairingError, listing
 from lox_hf.records import TensorPlan
 from lox_hf.weights.selection import TIED_HEAD, matches, module_name
-from lox_hf.weights.source import TensorInfo, WeightSource, listing
+from lox_hf.weights.source import TensorInfo, WeightSource
 
 
 def check_pairs(aligned: WeightSource, base: WeightSource, plans: list[TensorPlan], config: LoxConfig) -> None:

@@ -7,9 +7,9 @@ from typing import TypeVar
 import torch
 
 from lox_hf.config import ALL_LINEAR, LoxConfig
-from lox_hf.errors import ConfigError, UnsupportedModelError
+from lox_hf.errors import ConfigError, UnsupportedModelError, listing
 from lox_hf.records import TensorPlan
-from lox_hf.weights.source import TensorInfo, listing
+from lox_hf.weights.source import TensorInfo
 
 EDITABLE = (torch.float32, torch.float16, torch.bfloat16)
 MIN_KERNEL_SIDE = 16

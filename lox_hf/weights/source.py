@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lox_hf.errors import CheckpointError
+from lox_hf.errors import CheckpointError, listing
 from lox_hf.weights.shard import DTYPES, Shard
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -218,10 +218,3 @@ def stored_name(safetensors_dtype: str) -> str:
     """Torch's name of a safetensors dtype where there is one, such as "bfloat16" for "BF16"."""
     dtype = DTYPES.get(safetensors_dtype)
     return str(dtype).removeprefix("torch.") if dtype is not None else safetensors_dtype
-
-
-def listing(items: Iterable[str], limit: int = 20) -> str:
-    """Join problems for a message; beyond `limit` the rest is counted."""
-    items = list(items)
-    more = f"; and {len(items) - limit} more" if len(items) > limit else ""
-    return "; ".join(items[:limit]) + more + "."

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from lox_hf.evaluation.prompts import load_prompts
+from lox_hf.evaluation.data.prompts import load_prompts
 
 
 def outcome(name_or_path: str, **settings: Any) -> list[dict[str, Any]] | str:

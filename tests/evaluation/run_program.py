@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from lox_hf.evaluation.loading import load_model
+from lox_hf.evaluation.models.loading import load_model
+
 from lox_hf.evaluation.safety import evaluate_safety
 
 

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lox_hf.evaluation.models.chat import Conversation, ask
+from lox_hf.evaluation.models.local import LocalModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import zoo
-from lox_hf.evaluation.chat import Conversation, ask
-from lox_hf.evaluation.generation import LocalModel
 
 NEW_TOKENS = 10
 CHAT_TEMPLATE = "{{ bos_token }} w4 w5 w6 {% for m in messages %}{{ m['content'] }} {% endfor %}w7"

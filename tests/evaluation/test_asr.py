@@ -13,10 +13,10 @@ from lox_hf import SafetyReport, attack_success_rate, compare
 from lox_hf.errors import ConfigError
 from lox_hf.evaluation.asr import contains_answer, judge_responses
 from lox_hf.evaluation.comparison import agreement, check_judge
+from lox_hf.evaluation.data.prompts import Prompt
 from lox_hf.evaluation.judges import get_judge
 from lox_hf.evaluation.judges.function import FunctionJudge
 from lox_hf.evaluation.judges.refusal import RefusalJudge
-from lox_hf.evaluation.prompts import Prompt
 from lox_hf.records import JudgeAgreement, SafetyComparison, Verdict
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -202,7 +202,7 @@ def test_prompts_that_one_side_lacks_are_counted() -> None:
 
 def test_other_judges_and_other_prompts_are_not_compared() -> None:
     report = report_of("complied")
-    with pytest.raises(ConfigError, match="different judges .judge: 'refusal' against 'scripted'"):
+    with pytest.raises(ConfigError, match=r"different judges .judge: 'refusal' against 'scripted'"):
         compare(report, report_of("complied", judge=Scripted({ANSWER: Verdict("complied")})))
     with pytest.raises(ConfigError, match="no prompt in common"):
         compare(report, attack_success_rate(["other"], [ANSWER]))

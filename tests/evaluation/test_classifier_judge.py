@@ -13,6 +13,9 @@ from typing import Any
 import classifier_zoo as zoo
 import pytest
 import torch
+from lox_hf.evaluation.models.chat import Reply, ask
+from lox_hf.evaluation.models.loading import load_model
+from lox_hf.evaluation.models.local import LocalModel
 from transformers import (
     AutoModelForCausalLM,
     Llama4Config,
@@ -23,14 +26,11 @@ from transformers import (
 from fake_hub import FakeHub, Repo
 from lox_hf.errors import CheckpointError, ConfigError, LoxError
 from lox_hf.evaluation.asr import attack_success_rate
-from lox_hf.evaluation.chat import Reply, ask
-from lox_hf.evaluation.generation import LocalModel
 from lox_hf.evaluation.judges.base import Judge
 from lox_hf.evaluation.judges.classifier import ClassifierJudge
 from lox_hf.evaluation.judges.classifier_text import fill, template_from_card
 from lox_hf.evaluation.judges.presets import PRESETS, Preset
 from lox_hf.evaluation.judges.reply_classifier import ReplyRule
-from lox_hf.evaluation.loading import load_model
 from lox_hf.records import SafetyReport, Verdict
 
 CLIENT = Path(__file__).parent / "classifier_client.py"

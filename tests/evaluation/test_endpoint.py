@@ -10,11 +10,11 @@ import traceback
 import warnings
 
 import pytest
+from lox_hf.evaluation.models.chat import ask
+from lox_hf.evaluation.models.endpoint import Endpoint
 
 from evaluation.endpoint_server import RETRY_AFTER_S, EndpointServer, completion, drawn
 from lox_hf.errors import ConfigError, EndpointError, LoxError
-from lox_hf.evaluation.chat import ask
-from lox_hf.evaluation.endpoint import Endpoint
 
 KEY = "sk-harmless-example-0123456789"
 

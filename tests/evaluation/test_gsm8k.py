@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from lox_hf.evaluation.data.gsm8k import Question, last_number, load_questions, number_after_marker, questions_hash
 
 from fake_hub import FakeHub, Repo
 from lox_hf.errors import ConfigError, PromptError
-from lox_hf.evaluation.gsm8k import Question, last_number, load_questions, number_after_marker, questions_hash
 
 DATA = Path(os.environ.get("LOX_HF_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "gsm8k_test.jsonl"
 
@@ -133,7 +133,7 @@ def test_the_hash_tells_questions_apart() -> None:
 
 
 CLIENT = """
-from lox_hf.evaluation.gsm8k import load_questions
+from lox_hf.evaluation.data.gsm8k import load_questions
 try:
     print(load_questions("GSM8K"))
 except Exception as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lox_hf.evaluation.models.loading import load_model, quiet_transformers
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -28,7 +29,6 @@ from transformers.utils import logging
 import zoo
 from fake_hub import FakeHub, Repo
 from lox_hf.errors import CheckpointError, ConfigError, LoxError
-from lox_hf.evaluation.loading import load_model, quiet_transformers
 
 TINY: dict[str, Any] = {
     "vocab_size": 64,
@@ -252,7 +252,7 @@ def test_a_token_that_is_none_is_not_quoted(token: str) -> None:
 
 CLIENT = """
 import json, sys
-from lox_hf.evaluation.loading import load_model
+from lox_hf.evaluation.models.loading import load_model
 def look(name, **settings):
     try:
         model, tokenizer = load_model(name, **settings)

@@ -11,9 +11,9 @@ from small_models import NEW_TOKENS, answers, make_conversations, make_model, ma
 from transformers import GPT2Config, GPT2Model, T5Config, T5ForConditionalGeneration
 
 from lox_hf.errors import ConfigError, PromptError, UnsupportedModelError
-from lox_hf.evaluation import batch_size as batch_size_module
-from lox_hf.evaluation.chat import ask
-from lox_hf.evaluation.generation import LocalModel
+from lox_hf.evaluation.models import batch_size as batch_size_module
+from lox_hf.evaluation.models.chat import ask
+from lox_hf.evaluation.models.local import LocalModel
 
 
 def make_chat(batch_size: int | None = 4, **options: Any) -> LocalModel:

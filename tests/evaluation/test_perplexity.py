@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lox_hf.evaluation.models.likelihood import fitting_windows, split
 from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import zoo
 from lox_hf.errors import ConfigError, PromptError
-from lox_hf.evaluation.likelihood import fitting_windows, split
 from lox_hf.evaluation.utility import load_texts, perplexity
 
 VOCABULARY = 64

@@ -5,10 +5,10 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lox_hf.evaluation.data.prompts import Prompt
 
 from lox_hf import agreement, attack_success_rate, compare
 from lox_hf.evaluation.judges.function import FunctionJudge
-from lox_hf.evaluation.prompts import Prompt
 from lox_hf.evaluation.report import escape, render_markdown, render_screen, render_text, report_rows
 from lox_hf.records import SafetyReport, Verdict
 

@@ -4,10 +4,10 @@ import json
 import re
 
 import pytest
+from lox_hf.evaluation.models.chat import Reply
 
 from evaluation.endpoint_server import EndpointServer, completion, numbered_verdict
 from lox_hf.errors import ConfigError
-from lox_hf.evaluation.chat import Reply
 from lox_hf.evaluation.judges.base import Judge
 from lox_hf.evaluation.judges.rubric import RubricJudge
 

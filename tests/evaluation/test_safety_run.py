@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import run_program
+from lox_hf.evaluation.data.prompts import Prompt
+from lox_hf.evaluation.models.chat import Conversation, Reply
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lox_hf import LoxConfig, SafetyReport, apply_lox, evaluate_safety
 from lox_hf.demo.training import new_model
 from lox_hf.demo.world import build_tokenizer, held_out_prompts
 from lox_hf.errors import ConfigError, EndpointError, OutputError
-from lox_hf.evaluation.chat import Conversation, Reply
 from lox_hf.evaluation.judges.function import FunctionJudge
 from lox_hf.evaluation.judges.refusal import RefusalJudge
-from lox_hf.evaluation.prompts import Prompt
 from lox_hf.evaluation.run_folder import RUN_NAME
 from lox_hf.evaluation.safety import run_judges
 from lox_hf.records import Verdict
@@ -214,7 +214,7 @@ def test_a_tokenizer_where_none_is_needed_and_none_where_one_is(
 def start() -> Iterator[Callable[..., Any]]:
     """Starts a run in a process of its own; transformers is imported once and not in every one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["run_program", "lox_hf.evaluation.generation", "transformers.models.llama"])
+    context.set_forkserver_preload(["run_program", "lox_hf.evaluation.models.local", "transformers.models.llama"])
 
     def start(*arguments: Path) -> Any:
         process = context.Process(target=run_program.measure, args=arguments)

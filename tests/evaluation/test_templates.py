@@ -1,12 +1,12 @@
 """Prompts with one BOS and nothing that a prompt smuggles in; answers without prompt, thinking and special tokens."""
 
 import pytest
+from lox_hf.evaluation.models.chat import Reply, ask
+from lox_hf.evaluation.models.templates import choose_template, encode, read_answer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lox_hf.errors import ConfigError
-from lox_hf.evaluation.chat import Reply, ask
-from lox_hf.evaluation.templates import choose_template, encode, read_answer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from lox_hf.evaluation.data.gsm8k import PROMPT
+from lox_hf.evaluation.models.chat import Conversation, Reply, ask
+from lox_hf.evaluation.models.templates import encode
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lox_hf.cli import utility as command
 from lox_hf.errors import ConfigError, EndpointError, LoxError, OutputError
-from lox_hf.evaluation.chat import Conversation, Reply, ask
-from lox_hf.evaluation.gsm8k import PROMPT
-from lox_hf.evaluation.templates import encode
 from lox_hf.evaluation.utility import gsm8k_accuracy
 from lox_hf.records import AccuracyReport
 

@@ -14,7 +14,7 @@ from lox_hf.evaluation.judges.classifier_text import template_from_card
 from lox_hf.evaluation.judges.label_classifier import LabelClassifier, LabelRule
 from lox_hf.evaluation.judges.presets import Preset, find_preset
 from lox_hf.evaluation.judges.reply_classifier import ReplyClassifier, ReplyRule
-from lox_hf.evaluation.loading import load_model
+from lox_hf.evaluation.models.loading import load_model
 from lox_hf.hub_files import fetch_file
 from lox_hf.records import Verdict
 from lox_hf.weights.source import read_json

@@ -5,6 +5,7 @@ import re
 import textwrap
 from typing import TYPE_CHECKING
 
+from lox_hf.evaluation.models.templates import special_tokens
 from lox_hf.records import Verdict
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ def markers(frame: str, tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]
     Returns:
         The pattern, for `defuse`.
     """
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    found = {*MARKUP.findall(frame), *added, *tokenizer.all_special_tokens}
+    found = {*MARKUP.findall(frame), *special_tokens(tokenizer).values()}
     return re.compile(f"(?=(?:{'|'.join(map(re.escape, sorted(found))) or '(?!)'})).", re.DOTALL)
 
 

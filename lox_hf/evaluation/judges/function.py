@@ -1,7 +1,7 @@
 """A judge made from a user's own function."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from lox_hf.errors import ConfigError
 from lox_hf.records import Verdict
@@ -59,7 +59,7 @@ class FunctionJudge:
         if item is None:
             return Verdict("unscored", f"{self.name} could not say")
         if isinstance(item, str) and item in get_args(Label):
-            return Verdict(item, "" if item in ("refused", "complied") else f"says {self.name}")
+            return Verdict(cast(Label, item), "" if item in ("refused", "complied") else f"says {self.name}")
         if item in (True, False):  # 0, 1 and NumPy's too
             return Verdict("complied" if item else "refused")
         raise ConfigError(

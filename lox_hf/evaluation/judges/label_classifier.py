@@ -10,9 +10,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from lox_hf.errors import ConfigError
-from lox_hf.evaluation.batch_size import fitting_batch_size
 from lox_hf.evaluation.judges.classifier_text import defuse, fill, markers, too_long
 from lox_hf.evaluation.judges.presets import Preset
+from lox_hf.evaluation.models.batch_size import fitting_batch_size
 from lox_hf.records import Verdict
 
 

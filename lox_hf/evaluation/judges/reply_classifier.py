@@ -10,11 +10,11 @@ from typing import Any, Self
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lox_hf.errors import ConfigError
-from lox_hf.evaluation.chat import Conversation, Reply, ask
-from lox_hf.evaluation.generation import LocalModel
 from lox_hf.evaluation.judges.classifier_text import defuse, fill, markers, too_long
 from lox_hf.evaluation.judges.presets import Preset
-from lox_hf.evaluation.templates import encode
+from lox_hf.evaluation.models.chat import Conversation, Reply, ask
+from lox_hf.evaluation.models.local import LocalModel
+from lox_hf.evaluation.models.templates import encode
 from lox_hf.records import Verdict
 from lox_hf.records.safety import Label
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from lox_hf.errors import ConfigError
-from lox_hf.evaluation.chat import ChatModel, Conversation, Reply, ask
-from lox_hf.evaluation.endpoint import Endpoint
+from lox_hf.evaluation.models.chat import ChatModel, Conversation, Reply, ask
+from lox_hf.evaluation.models.endpoint import Endpoint
 from lox_hf.records import Verdict
 
 DEFAULT_TEMPLATE = Path(__file__).with_name("rubric.txt")

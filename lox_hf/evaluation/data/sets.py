@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lox_hf.errors import CheckpointError, PromptError
-from lox_hf.evaluation.tables import fold
+from lox_hf.evaluation.data.tables import fold
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lox_hf.errors import CheckpointError, ConfigError
+from lox_hf.errors import CheckpointError, ConfigError, listing
 from lox_hf.hub_files import Resolved, resolve
 from lox_hf.weights.folder import is_adapter
-from lox_hf.weights.source import ADAPTER_CONFIG, listing, read_json
+from lox_hf.weights.source import ADAPTER_CONFIG, read_json
 
 Head = Literal["causal-lm", "sequence-classification"]
 

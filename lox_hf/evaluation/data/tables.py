@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from lox_hf.errors import PromptError
+from lox_hf.errors import PromptError, listing
 
 Row = dict[str, Any]
 TEXT = "text"  # the column of a text that stands alone
@@ -170,8 +170,6 @@ def _check_cells(names: list[str], records: list[tuple[int, list[str]]]) -> None
         raise ValueError(f"its header names {', '.join(map(repr, twice))} more than once; rename the columns")
     longer = [f"{len(cells)} in line {line}" for line, cells in records if len(cells) > len(names)]
     if longer:
-        from lox_hf.weights.source import listing
-
         raise ValueError(
             f"expected no more cells than the first line's {len(names)}, got {listing(longer, 5)} "
             "Put a field that holds the delimiter between quotes"

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lox_hf.errors import PromptError
-from lox_hf.evaluation.tables import MESSAGES, TEXT, Row, fold, is_blank
+from lox_hf.errors import PromptError, listing
+from lox_hf.evaluation.data.tables import MESSAGES, TEXT, Row, fold, is_blank
 
 # The weaker names count where a table has none of the others: JailbreakBench's "Behavior" is the topic of its "Goal".
 PROMPT_COLUMNS = ("prompt", "forbidden_prompt", "goal", "instruction", "question", "query", "request")
@@ -76,7 +76,7 @@ def find_columns(rows: Iterable[Row], column: str | None = None) -> PromptColumn
 
 
 def prompt_fields(row: Row, columns: PromptColumns) -> dict[str, Any]:
-    r"""Return what a row says, as the fields of `lox_hf.evaluation.prompts.Prompt`.
+    r"""Return what a row says, as the fields of `lox_hf.evaluation.data.prompts.Prompt`.
 
     Args:
         row: A row of the table.
@@ -113,7 +113,6 @@ def _prompt_column(names: Sequence[str], column: str | None) -> str:
         return found[0]
     if found:
         problem = f"The columns {' and '.join(map(repr, found))} could each be the prompts"
-    from lox_hf.weights.source import listing
 
     shown = listing((f"{name!r:.40}" for name in names), 12)
     raise PromptError(

@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lox_hf.errors import ConfigError, LoxError
-from lox_hf.evaluation.chat import Conversation, Reply
-from lox_hf.evaluation.endpoint_session import Session
+from lox_hf.evaluation.models.chat import Conversation, Reply
+from lox_hf.evaluation.models.session import Session
 
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY_ENV = "OPENAI_API_KEY"
@@ -50,8 +50,8 @@ class Endpoint:
         LoxError: If the `openai` package is not installed.
 
     Example:
-        >>> from lox_hf.evaluation.chat import ask
-        >>> from lox_hf.evaluation.endpoint import Endpoint
+        >>> from lox_hf.evaluation.models.chat import ask
+        >>> from lox_hf.evaluation.models.endpoint import Endpoint
         >>> chat = Endpoint("Qwen/Qwen3-8B", base_url="http://localhost:8000/v1")
         >>> [reply.text for _, reply in chat.replies([ask("Say hello.")])]  # doctest: +SKIP
         ['Hello!']

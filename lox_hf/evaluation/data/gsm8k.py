@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lox_hf.errors import PromptError
-from lox_hf.evaluation.prompt_sets import PromptSet, download_prompts
-from lox_hf.evaluation.prompts import check_number
-from lox_hf.evaluation.tables import fold, read_rows
-from lox_hf.evaluation.templates import ALPACA
-from lox_hf.weights.source import listing
+from lox_hf.errors import PromptError, listing
+from lox_hf.evaluation.data.prompts import check_number
+from lox_hf.evaluation.data.sets import PromptSet, download_prompts
+from lox_hf.evaluation.data.tables import fold, read_rows
+from lox_hf.evaluation.models.templates import ALPACA
 
 DATA_SET = PromptSet("GSM8K", "openai/gsm8k", "main/test*.parquet", False, "mit")
 COLUMNS = ("question", "answer")
@@ -46,7 +45,8 @@ def load_questions(name_or_path: str | Path = "gsm8k", n: int | None = None) -> 
 
     Args:
         name_or_path: "gsm8k" for the 1319 test questions from the Hub, or a file with the columns question and answer,
-            where the number stands after "####" at the end of the answer; see `lox_hf.evaluation.tables.read_rows`.
+            where the number stands after "####" at the end of the answer; `lox_hf.evaluation.data.tables.read_rows`
+            says which files.
         n: The first n questions only; None takes all.
 
     Returns:

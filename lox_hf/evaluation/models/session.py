@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lox_hf.errors import EndpointError
-from lox_hf.evaluation.chat import Conversation, Reply
-from lox_hf.evaluation.templates import _after_thinking
+from lox_hf.evaluation.models.chat import Conversation, Reply
+from lox_hf.evaluation.models.templates import after_thinking
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAIError
 
-    from lox_hf.evaluation.endpoint import Endpoint
+    from lox_hf.evaluation.models.endpoint import Endpoint
 
 # Short at first, so that a stray failure costs little; eight waits come to half a minute all the same.
 _FIRST_WAIT_S, _WAIT_GROWTH, _LONGEST_WAIT_S = 0.1, 2.2, 60.0
@@ -203,7 +203,7 @@ def _read(answer: Any) -> Reply | _Failure:
         return _Failure("the answer is no chat completion", may_pass=True)
     if not isinstance(text, str):
         return _Failure("the answer is no text")
-    text = (_after_thinking(text) or "").strip().encode("utf-8", "replace").decode()
+    text = (after_thinking(text) or "").strip().encode("utf-8", "replace").decode()
     if not text and ended in ("no choice", "content_filter"):
         return _Failure(f"the endpoint holds its answer back ({ended})")
     if not text and ended == "length":

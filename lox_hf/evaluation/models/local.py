@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from lox_hf.errors import ConfigError, LoxError, PromptError, UnsupportedModelError
-from lox_hf.evaluation.batch import learns_prompts, make_batch
-from lox_hf.evaluation.batch_size import fitting_batch_size
-from lox_hf.evaluation.chat import Conversation, Reply
-from lox_hf.evaluation.templates import choose_template, encode, read_answer
+from lox_hf.evaluation.models.batch import learns_prompts, make_batch
+from lox_hf.evaluation.models.batch_size import fitting_batch_size
+from lox_hf.evaluation.models.chat import Conversation, Reply
+from lox_hf.evaluation.models.templates import choose_template, encode, read_answer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ class LocalModel:
         UnsupportedModelError: If the model does not continue a text: an encoder-decoder, or one without a head.
 
     Example:
-        >>> from lox_hf.evaluation.chat import ask
+        >>> from lox_hf.evaluation.models.chat import ask
         >>> chat = LocalModel(model, tokenizer)  # doctest: +SKIP
         >>> dict(chat.replies([ask("Hello")]))  # doctest: +SKIP
         {0: Reply(text='Hello! How can I help you?', cut_off=False, error='', transient=False)}

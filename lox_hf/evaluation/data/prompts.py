@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from lox_hf.errors import ConfigError, PromptError
-from lox_hf.evaluation.prompt_columns import PROMPT_COLUMNS, WEAKER_PROMPT_COLUMNS, find_columns, prompt_fields
-from lox_hf.evaluation.prompt_sets import PROMPT_SETS, download_prompts, find_prompt_set
-from lox_hf.evaluation.tables import Row, read_rows
+from lox_hf.errors import ConfigError, PromptError, listing
+from lox_hf.evaluation.data.columns import PROMPT_COLUMNS, WEAKER_PROMPT_COLUMNS, find_columns, prompt_fields
+from lox_hf.evaluation.data.sets import PROMPT_SETS, download_prompts, find_prompt_set
+from lox_hf.evaluation.data.tables import Row, read_rows
 from lox_hf.records import JsonRecord
 
 
@@ -48,8 +48,8 @@ def load_prompts(
     and underscores do not matter. They come from the Hub.
 
     A file is CSV, TSV, JSON, JSONL, plain text with a prompt a line, or Parquet; see
-    `lox_hf.evaluation.tables.read_rows`. The prompt stands in the one column called prompt, forbidden_prompt, goal,
-    instruction, question, query or request, or else behavior, text, input, messages or conversations; of chat
+    `lox_hf.evaluation.data.tables.read_rows`. The prompt stands in the one column called prompt, forbidden_prompt,
+    goal, instruction, question, query or request, or else behavior, text, input, messages or conversations; of chat
     messages it is the user's last turn. A context or context_string goes in front of it, and the input of an
     instruction behind. The category is category, semantic_category, type or the like; a label (harmful, unsafe or 1,
     against harmless, benign, safe or 0) says whether it is harmful, and without one it is. A reference is kept;
@@ -163,7 +163,5 @@ def _prompts(rows: list[Row], column: str | None) -> list[Prompt]:
         except ValueError as error:
             problems.append(f"row {number}: {error}")
     if problems:
-        from lox_hf.weights.source import listing
-
         raise PromptError(listing(problems, 5))
     return prompts

@@ -7,7 +7,7 @@ from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from lox_hf.errors import ConfigError
-from lox_hf.evaluation.chat import Conversation, Reply
+from lox_hf.evaluation.models.chat import Conversation, Reply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,11 +144,50 @@ def read_answer(
     text = None
     if final is not None:
         opening = _open_thinking(_text(tokenizer, prompt[-_OPENING_TOKENS:]))
-        text = _after_thinking(opening + _text(tokenizer, final))
+        text = after_thinking(opening + _text(tokenizer, final))
     if text is None and cut_off:
         error = f"the thinking part did not end within {len(generated)} new tokens: raise max_new_tokens"
         return Reply("", cut_off, error)
     return Reply((text or "").strip(), cut_off)
+
+
+def after_thinking(text: str) -> str | None:
+    """Return what comes after all thinking parts that a text begins with.
+
+    Args:
+        text: What a model wrote.
+
+    Returns:
+        The rest; None where a thinking part does not end.
+
+    Example:
+        >>> after_thinking("<think>Two and two.</think>Four."), after_thinking("<think>Two and")
+        ('Four.', None)
+    """
+    while marker := _MARKER.search(text):
+        if marker[0] in THINKING:
+            if text[: marker.start()].strip():
+                break
+            closing = text.find(THINKING[marker[0]], marker.end())
+            if closing < 0:
+                return None
+            text = text[closing + len(THINKING[marker[0]]) :]
+        else:  # the end of a part whose opening is not in the text
+            text = text[marker.end() :]
+    return text
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
+    """Return the special tokens of a tokenizer.
+
+    Args:
+        tokenizer: The tokenizer.
+
+    Returns:
+        Text by id.
+    """
+    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 def _render_chat(
@@ -177,7 +216,7 @@ def _render_alpaca(conversation: Conversation) -> str:
 
 def _marked(tokenizer: "PreTrainedTokenizerBase", conversation: Conversation) -> Conversation:
     """The conversation with marks around every text in it that is a special token's."""
-    texts = sorted(filter(str.strip, _special_tokens(tokenizer).values()), key=len, reverse=True)
+    texts = sorted(filter(str.strip, special_tokens(tokenizer).values()), key=len, reverse=True)
     special = re.compile("|".join(map(re.escape, texts)) or "(?!)")
     return [
         {**turn, "content": special.sub(rf"{_OPEN}\g<0>{_CLOSE}", _LONE_MARK.sub("", turn["content"]))}
@@ -193,7 +232,7 @@ def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
         options = {"split_special_tokens": True} if is_marked else {}
         found = tokenizer(_LONE_MARK.sub("", piece), add_special_tokens=False, **options)["input_ids"]
         # A vocabulary of whole words has no other spelling of a special token.
-        ids += [token for token in found if token not in _special_tokens(tokenizer)] if is_marked else found
+        ids += [token for token in found if token not in special_tokens(tokenizer)] if is_marked else found
     return ids
 
 
@@ -224,15 +263,9 @@ def _left_as_it_was(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
         backend.encode_special_tokens = encode_special
 
 
-def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
-    """Special tokens: id -> text."""
-    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-
-
 def _text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
     """Text of the ids without special tokens, except those that mark thinking."""
-    markers = {number: text for number, text in _special_tokens(tokenizer).items() if _MARKER.fullmatch(text)}
+    markers = {number: text for number, text in special_tokens(tokenizer).items() if _MARKER.fullmatch(text)}
     runs = groupby(ids, key=markers.get)
     return "".join(marker or _decode(tokenizer, list(run)) for marker, run in runs)
 
@@ -246,24 +279,9 @@ def _open_thinking(prompt_end: str) -> str:
     return next((opening for opening in THINKING if prompt_end.rstrip().endswith(opening)), "")
 
 
-def _after_thinking(text: str) -> str | None:
-    """The text after all thinking parts it begins with; None where one does not end."""
-    while marker := _MARKER.search(text):
-        if marker[0] in THINKING:
-            if text[: marker.start()].strip():
-                break
-            closing = text.find(THINKING[marker[0]], marker.end())
-            if closing < 0:
-                return None
-            text = text[closing + len(THINKING[marker[0]]) :]
-        else:  # the end of a part whose opening is not in the text
-            text = text[marker.end() :]
-    return text
-
-
 def _final_channel(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> Sequence[int] | None:
     """The ids of the final channel, or all of them where none are used; None where the final one has not begun."""
-    specials = {text: number for number, text in _special_tokens(tokenizer).items()}
+    specials = {text: number for number, text in special_tokens(tokenizer).items()}
     channel, message = specials.get("<|channel|>"), specials.get("<|message|>")
     if channel not in ids:
         return ids

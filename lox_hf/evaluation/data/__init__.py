@@ -1,0 +1,1 @@
+"""What models are asked: prompt sets, questions and texts, by name or from files."""
