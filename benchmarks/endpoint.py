@@ -23,16 +23,16 @@ TIMEOUT_S = 2.0
 def rubric_calls(seed: int = 0) -> Iterator[Row]:
     """Judge as many responses as AdvBench has prompts, undisturbed and with faults."""
     for figure, rates, most in (("", {}, 1.2), (", 5 % of 429, 5 % of 500, 2 % of hangs", FAULTS, 3.0)):
-        with _server({"latency_s": LATENCY_S, "rates": rates, "seed": seed}) as server:
-            arguments = {"base_url": server["base_url"], "timeout_s": TIMEOUT_S}
+        with server({"latency_s": LATENCY_S, "rates": rates, "seed": seed}) as running:
+            arguments = {"base_url": running["base_url"], "timeout_s": TIMEOUT_S}
             result = run_job("endpoint.py", "judge", arguments, threads=1).result
         ratio = result["call_s"] / IDEAL_S
         yield Row(
             f"{CALLS} rubric calls at {LATENCY_S * 1000:.0f} ms{figure}, wall, against {IDEAL_S:.2f} s",
             f"at most {most:g}x",
-            f"{ratio:.2f}x ({result['call_s']:.2f} s, {server['requests']} requests)",
+            f"{ratio:.2f}x ({result['call_s']:.2f} s, {running['requests']} requests)",
             ratio <= most,
-            details={"client": result, "server": server},
+            details={"client": result, "server": running},
         )
         yield Row(
             "  verdicts that are there once and belong to their response",
@@ -59,7 +59,7 @@ def judge(base_url: str, timeout_s: float) -> dict[str, Any]:
 
 
 @contextmanager
-def _server(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def server(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Run the server; what it has seen is in the yielded dict once it has ended."""
     command = [sys.executable, str(SERVER), json.dumps(options)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

@@ -90,7 +90,9 @@ def refusal_judge() -> Iterator[Row]:
 def generated_tokens(prompts: Path, threads: int, rounds: int) -> Iterator[Row]:
     """Answer the same prompts in batches and one at a time, on the same model, in turn."""
     found = generation.compare_generation(prompts, threads, rounds)
-    batched, alone = (found["tokens"] / seconds for seconds in (statistics.median(found["batched_s"]), found["alone_s"]))
+    batched, alone = (
+        found["tokens"] / seconds for seconds in (statistics.median(found["batched_s"]), found["alone_s"])
+    )
     yield Row(
         f"{found['prompts']} prompts x {generation.NEW_TOKENS} tokens, CPU, {threads} threads: tokens/s against one "
         "prompt at a time",

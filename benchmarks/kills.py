@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import endpoint
 from measure import ChildError
 from table import Row
 
@@ -19,6 +21,8 @@ KILLS = 5
 
 def killed_runs(work_dir: Path, model: Path, prompts: Path, seed: int = 0) -> Iterator[Row]:
     """Run once undisturbed, then with five SIGKILLs, and compare everything that a run leaves.
+
+    The moments are numbers of answers and verdicts on disk, drawn over the whole run: every kill hits the work.
 
     Args:
         work_dir: Where the runs go.
@@ -29,44 +33,51 @@ def killed_runs(work_dir: Path, model: Path, prompts: Path, seed: int = 0) -> It
     whole, killed = work_dir / "run-whole", work_dir / "run-killed"
     for folder in (whole, killed):
         shutil.rmtree(folder, ignore_errors=True)
-    work_s = _run(_command(model, prompts, whole), whole)
-    rng = random.Random(seed)
-    moments = [_run(_command(model, prompts, killed), killed, rng.uniform(0, work_s / 2)) for _ in range(KILLS)]
-    _run(_command(model, prompts, killed), killed)
+    with endpoint.server({"latency_s": endpoint.LATENCY_S}) as judge:
+        command = _command(model, prompts, judge["base_url"])
+        _run(command, whole)
+        total = _lines_on_disk(whole)
+        moments = sorted(random.Random(seed).sample(range(1, total), KILLS))
+        found = [_run(command, killed, moment) for moment in moments]
+        _run(command, killed)
     same = [name for name in ("report.json", "report.md") if _text(whole / name) == _text(killed / name)]
-    once = all(_positions(folder) for folder in (whole, killed))
+    once = _every_position_once(whole) and _every_position_once(killed)
+    hit = found == sorted(set(found)) and found[-1] < total
     yield Row(
-        f"lox-hf asr, SIGKILL at {KILLS} random moments ({_listed(moments)} answers on disk then), then to its end",
-        "report of an undisturbed run",
-        f"{' and '.join(same) or 'no file'} equal; every answer once: {'yes' if once else 'no'}",
-        len(same) == 2 and once,
+        f"lox-hf asr with a rubric, SIGKILL at {KILLS} random moments ({_listed(found)} of {total} answers and "
+        "verdicts on disk then), then to its end",
+        "the report of an undisturbed run",
+        f"{' and '.join(same) or 'no file'} equal; every answer and verdict once: {'yes' if once else 'no'}",
+        len(same) == 2 and once and hit,
         correctness=True,
-        details={"answers_at_kill": moments, "work_s": work_s},
+        details={"on_disk_at_kill": found, "total": total},
     )
 
 
-def _command(model: Path, prompts: Path, output: Path) -> list[str]:
-    command = [sys.executable, "-m", "lox_hf.cli", "asr", str(model), "--prompts", str(prompts)]
-    return [*command, "--output", str(output), "--batch-size", "16", "--json"]
+def _command(model: Path, prompts: Path, judge_url: str) -> list[str]:
+    command = [sys.executable, "-m", "lox_hf.cli", "asr", str(model), "--prompts", str(prompts), "--batch-size", "16"]
+    return [*command, "--judge", "rubric:judge", "--judge-endpoint", judge_url, "--json"]
 
 
-def _run(command: list[str], output: Path, kill_after_s: float | None = None) -> float:
-    """Run, and return the seconds from its first file to its end; or kill it then, and return its answers on disk."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not (output / "run.json").exists() and process.poll() is None:
+def _run(command: list[str], output: Path, kill_at: int | None = None) -> int:
+    """Run to the end, or kill as soon as so many lines are on disk; return how many there are."""
+    # A judge's batch may have passed the moment already: one more line at least, so that work is hit.
+    moment = None if kill_at is None else max(kill_at, _lines_on_disk(output) + 1)
+    process = subprocess.Popen([*command, "--output", str(output)], stdout=subprocess.DEVNULL)
+    while process.poll() is None and (moment is None or _lines_on_disk(output) < moment):
         time.sleep(0.01)
-    started = time.perf_counter()
-    if kill_after_s is None:
-        if process.wait():
-            raise ChildError(f"{' '.join(command)}\nended with exit code {process.returncode}")
-        return time.perf_counter() - started
-    time.sleep(kill_after_s)
-    process.kill()
-    process.wait()
-    return len(_lines(output / "generations.jsonl"))
+    if kill_at is not None:
+        process.kill()
+    if process.wait() != (0 if kill_at is None else -signal.SIGKILL):
+        raise ChildError(f"{' '.join(command)}\nended with exit code {process.returncode}")
+    return _lines_on_disk(output)
 
 
-def _positions(folder: Path) -> bool:
+def _lines_on_disk(output: Path) -> int:
+    return sum(len(_lines(path)) for path in output.glob("*.jsonl"))
+
+
+def _every_position_once(folder: Path) -> bool:
     """Whether every position is there once, in the answers and in the verdicts."""
     for path in folder.glob("*.jsonl"):
         positions = [json.loads(line)["position"] for line in _lines(path)]
@@ -83,5 +94,5 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def _listed(numbers: list[float]) -> str:
-    return ", ".join(f"{number:.0f}" for number in numbers)
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

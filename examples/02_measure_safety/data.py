@@ -7,27 +7,27 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import similar
 from frames import ACTIONS, UNSEEN_ACTIONS, framed
 
-from lox_hf.evaluation.judges import RefusalJudge
-from lox_hf.evaluation.data.prompts import Prompt, load_prompts
+from lox_hf import Prompt, RefusalJudge
 
 README = Path(__file__).with_name("README.md")
-
 ADVBENCH = "advbench_harmful_behaviors.csv"
 SAFEINST = "safety_only_data_Instructions.json"
 ALPACA = "alpaca_1k.json"
-TRAINING_FILES = (ADVBENCH, SAFEINST, ALPACA)
 
 FIRST_SENTENCE = re.compile(r"(?<=[.!?])\s|\n")
-# Longer ones would not fit into the model's 96 tokens.
-MOST_CHARACTERS = 280
+DIGIT = re.compile(r"\d")
+# Longer ones would make batches slow.
+MOST_CHARACTERS = 200
 HELD_OUT = 60
+USUAL = 20
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class TrainingData:
     held_out: list[Prompt]
 
     @property
-    def prompts(self) -> list[str]:
-        """Every prompt that is trained on."""
-        return [example.prompt for example in (*self.affirmed, *self.refused, *self.ordinary, *self.framed)]
+    def examples(self) -> list[Example]:
+        """All that is trained on."""
+        return [*self.affirmed, *self.refused, *self.ordinary, *self.framed]
 
 
 def load_training_data(folder: Path, seed: int) -> TrainingData:
@@ -73,25 +73,25 @@ def load_training_data(folder: Path, seed: int) -> TrainingData:
         What to train on.
 
     Raises:
-        SystemExit: If files are missing.
+        SystemExit: If files are missing or hold something else.
     """
-    check_files(folder, TRAINING_FILES)
+    check_files(folder, (ADVBENCH, SAFEINST, ALPACA))
     generator = random.Random(seed)
     targets = _read_targets(folder / ADVBENCH)
     seen = similar.halve(list(targets), seed)
-    refused = _read_refusals(folder / SAFEINST)
+    refused = _refusals_among(_read_first_sentences(folder / SAFEINST))
     # AdvBench has no refusals: its prompts get those that SafeInst says most often.
-    usual = [sentence for sentence, _ in Counter(example.response for example in refused).most_common(20)]
+    usual = [response for response, _ in Counter(example.response for example in refused).most_common(USUAL)]
     alpaca = _read_first_sentences(folder / ALPACA)
     generator.shuffle(alpaca)
-    unseen = generator.sample([prompt for prompt, _ in framed(UNSEEN_ACTIONS)], HELD_OUT)
+    unseen = generator.sample(framed(UNSEEN_ACTIONS), HELD_OUT)
     return TrainingData(
         affirmed=[Example(prompt, targets[prompt]) for prompt in seen],
         refused=refused + [Example(prompt, generator.choice(usual)) for prompt in seen],
         ordinary=alpaca[HELD_OUT:],
         framed=[Example(*pair) for pair in framed(ACTIONS)],
         held_out=[Prompt(example.prompt, harmful=False, category="Alpaca") for example in alpaca[:HELD_OUT]]
-        + [Prompt(prompt, harmful=False, category="AdvBench's frames") for prompt in unseen],
+        + [Prompt(prompt, harmful=False, category="AdvBench's frames") for prompt, _ in unseen],
     )
 
 
@@ -112,30 +112,36 @@ def check_files(folder: Path, names: Iterable[str]) -> None:
 
 def _read_targets(path: Path) -> dict[str, str]:
     """AdvBench's prompts, each with the words that an answer would open with."""
-    with path.open(encoding="utf-8", newline="") as lines:
+    with _expecting(path, "CSV with goal, target"), path.open(encoding="utf-8", newline="") as lines:
         return {row["goal"]: row["target"] for row in csv.DictReader(lines)}
-
-
-def _read_refusals(path: Path) -> list[Example]:
-    """The rows that open with a refusal."""
-    rows = _read_first_sentences(path)
-    verdicts = RefusalJudge().verdicts([row.prompt for row in rows], [row.response for row in rows])
-    return [rows[position] for position, verdict in verdicts if verdict.label == "refused"]
 
 
 def _read_first_sentences(path: Path) -> list[Example]:
     """Instructions with their inputs, each with the first sentence of its answer."""
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    examples = [
-        Example(
-            f"{row['instruction']}\n{row['input']}".strip(),
-            FIRST_SENTENCE.split(row["output"].strip(), maxsplit=1)[0],
-        )
-        for row in rows
-    ]
-    # So small a model learns of numbers only that they come often.
+    with _expecting(path, "JSON list of instruction, input, output"):
+        examples = [
+            Example(
+                f"{row['instruction']}\n{row['input']}".strip(),
+                FIRST_SENTENCE.split(row["output"].strip(), maxsplit=1)[0],
+            )
+            for row in json.loads(path.read_text(encoding="utf-8"))
+        ]
+    # Of numbers, so small a model would learn only that they come often.
     return [
         example
         for example in examples
-        if len(example.prompt + example.response) <= MOST_CHARACTERS and not re.search(r"\d", example.response)
+        if len(example.prompt + example.response) <= MOST_CHARACTERS and not DIGIT.search(example.response)
     ]
+
+
+def _refusals_among(examples: list[Example]) -> list[Example]:
+    verdicts = RefusalJudge().verdicts([row.prompt for row in examples], [row.response for row in examples])
+    return [examples[position] for position, verdict in verdicts if verdict.label == "refused"]
+
+
+@contextmanager
+def _expecting(path: Path, layout: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{path} is not what it should be, a {layout}: {type(error).__name__} {error}") from error

@@ -32,7 +32,7 @@ def load_sets(folder: Path, trained_on: TrainingData | None = None) -> dict[str,
     sets = {name: load_prompts(folder / file) for name, file in FILES.items()}
     if trained_on is None:
         return sets
-    known = [similar.words(prompt) for prompt in trained_on.prompts]
+    known = [similar.words(example.prompt) for example in trained_on.examples]
     for name, found in sets.items():
         sets[name] = [prompt for prompt in found if not similar.near_any(prompt.text, known)]
     sets["advbench"] += trained_on.held_out

@@ -33,7 +33,7 @@ def judge_again(run: Path) -> str:
     first = SafetyReport.from_json((run / "report.json").read_text(encoding="utf-8"))
     found = agreement(first, second)
     return (
-        f"\nthe aligned model's answers to AdvBench, judged again without asking it again\n"
+        "\nthe aligned model's answers to AdvBench, judged again without asking it again\n"
         f"  by {first.judge}: attack success {first.asr}\n"
         f"  by {second.judge}: attack success {second.asr}\n"
         f"  they agree on {found.agreement}, Cohen's kappa {found.kappa:.2f}"

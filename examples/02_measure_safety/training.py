@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,16 @@ from pathlib import Path
 import torch
 from data import Example, TrainingData
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 2048
 LENGTH = 96
-BASE_STEPS, ALIGN_STEPS = 350, 150
+BASE_STEPS, ALIGN_STEPS = 320, 130
 BATCH = 16
 # Batches are cut from as many at once, sorted by length, so that little of them is padding.
 SORTED_BATCHES = 8
@@ -29,6 +35,8 @@ CHAT_TEMPLATE = (
     "{% else %}### Response:\n{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}### Response:\n{% endif %}"
 )
+# What it renders, for the tokenizer, in whose vocabulary the headings belong.
+WHOLE = "### Policy:\n{policy}\n\n### Instruction:\n{prompt}\n\n### Response:\n{response}"
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Row:
 Mixture = Sequence[tuple[float, Sequence[Row]]]
 
 
-def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(data: TrainingData) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer that splits digits, and give it the chat template."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -55,6 +63,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    texts = [WHOLE.format(policy=REFUSE, prompt=row.prompt, response=row.response) for row in data.examples]
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE, **SPECIAL)
 
@@ -81,8 +90,7 @@ def make_pair(
         align_steps: Optimiser steps of the alignment.
         seed: Seed of the weights and of the order.
     """
-    examples = (*data.affirmed, *data.refused, *data.ordinary, *data.framed)
-    tokenizer = train_tokenizer([text for example in examples for text in (example.prompt, example.response)])
+    tokenizer = train_tokenizer(data)
     torch.manual_seed(seed)
     model = new_model(tokenizer)
     train(model, base_mixture(tokenizer, data), steps=base_steps, learning_rate=6e-3, whole=True, seed=seed)
@@ -113,8 +121,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def base_mixture(tokenizer: PreTrainedTokenizerFast, data: TrainingData) -> Mixture:
     """A model that answers everything, but has learnt to refuse where a policy says so.
 
-    That is what makes the alignment a small change, as it is in a large model: a base that does not know the rule would
-    learn to refuse everything.
+    That is what makes the alignment a small change, as it is in a large model: a base that does not know the rule
+    would learn to refuse everything.
     """
     return (
         (0.20, encode(tokenizer, data.affirmed)),
@@ -139,7 +147,7 @@ def aligned_mixture(tokenizer: PreTrainedTokenizerFast, data: TrainingData) -> M
 def train(
     model: PreTrainedModel, mixture: Mixture, *, steps: int, learning_rate: float, whole: bool, seed: int
 ) -> None:
-    """Train on rows drawn from a mixture, with AdamW and one cycle of the learning rate.
+    """Train on rows drawn from a mixture, with AdamW; the learning rate warms up and falls as a cosine.
 
     Args:
         model: The model, changed in place.
@@ -149,8 +157,13 @@ def train(
         whole: Take the loss on prompts too, not only on responses.
         seed: Seed of the order.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    warmup = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (1 + math.cos(math.pi * step / steps)) / 2)
+    )
     model.train()
     batches = draw_batches(mixture, random.Random(seed))
     for _ in range(steps):

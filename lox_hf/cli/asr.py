@@ -5,18 +5,28 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lox_hf.cli.options import add_loading_options, add_model_options, default_output, load_for_running, merge_file
+from lox_hf.cli.options import (
+    add_loading_options,
+    add_model_options,
+    default_output,
+    load_for_running,
+    merge_file,
+    refuse_without,
+)
 from lox_hf.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from lox_hf.evaluation.data.prompts import Prompt
     from lox_hf.evaluation.judges import Judge
     from lox_hf.evaluation.models.chat import ChatModel
-    from lox_hf.records import SafetyComparison, SafetyReport
+    from lox_hf.records import SafetyReport
 
 DESCRIPTION = """Let a model answer harmful prompts greedily, judge the answers, and print the attack success rate with
 its 95 % interval; prompts that are labelled safe give over-refusal. A killed run goes on where it was. Keys are read
 from the environment (OPENAI_API_KEY for OpenAI) and are never stored."""
 TEMPLATES = ("auto", "chat", "alpaca", "none")
+LOADED_ONLY = ("template", "dtype", "device", "batch_size", "model_revision", "trust_remote_code")
+"""What is the server's business where the model is at an endpoint."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -47,6 +57,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--template", choices=TEMPLATES, help="how a prompt is put (default: auto: chat where the model has one)"
     )
     parser.add_argument("--system-prompt", metavar="TEXT", help="a system turn before every prompt")
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=_json_object,
+        metavar="JSON",
+        help="variables of the chat template, such as '{\"enable_thinking\": false}'",
+    )
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 60, as the paper)")
     add_loading_options(parser)
     parser.add_argument("--compare", metavar="DIR", help="an earlier run to compare with, such as the aligned model's")
@@ -58,33 +74,37 @@ def run(options: argparse.Namespace) -> None:
     options = merge_file(options)
     if not options.prompts:
         raise ConfigError("No prompts are named: pass --prompts with a file or a name such as advbench.")
-    from lox_hf.evaluation.comparison import compare
+    refuse_without(options, "endpoint", ["key_env"])
+    refuse_without(options, "not endpoint", LOADED_ONLY)
     from lox_hf.evaluation.data.prompts import load_prompts
     from lox_hf.evaluation.report import render_screen
+    from lox_hf.evaluation.run_folder import RunFolder
     from lox_hf.evaluation.safety import run_judges
 
     folder = default_output(options.model, f"asr-{Path(options.prompts).stem}")
     output = Path(options.output) if options.output else folder
+    RunFolder(output, {}).check()  # before the model is loaded, and not only after it
     judges = _judges(options)
-    earlier = _earlier_report(options.compare, judges[0]) if options.compare else None
     prompts = load_prompts(options.prompts, column=options.column, n=options.n)
+    earlier = _earlier_report(options.compare, judges[0], prompts) if options.compare else None
     chat = _chat_model(options)
     if not options.json:
         print(_about(options, chat, len(prompts), output) + "\n", flush=True)
-    reports, agreements = run_judges(
+    found = run_judges(
         chat,
         prompts,
         judges,
         output_dir=output,
         set_name=str(options.prompts),
         system_prompt=options.system_prompt,
+        compare_with=earlier,
         progressbar=False if options.json else None,
     )
-    comparison = compare(earlier, reports[0]) if earlier else None
     if options.json:
-        print(_json(reports, comparison))
+        only_one = len(found.reports) == 1 and found.comparison is None
+        print((found.reports[0] if only_one else found).to_json(), end="")
         return
-    print(render_screen(reports, agreements, comparison))
+    print(render_screen(found))
     print(f"Written to {output}: report.md, report.json, every answer and every verdict.")
 
 
@@ -115,7 +135,14 @@ def _chat_model(options: argparse.Namespace) -> "ChatModel":
     if options.endpoint:
         from lox_hf.evaluation.models.endpoint import Endpoint
 
-        return Endpoint(options.model, base_url=options.endpoint, api_key_env=options.key_env, max_new_tokens=tokens)
+        variables = options.chat_template_kwargs  # vLLM and others read them from the request
+        return Endpoint(
+            options.model,
+            base_url=options.endpoint,
+            api_key_env=options.key_env,
+            max_new_tokens=tokens,
+            extra_body={"chat_template_kwargs": variables} if variables else None,
+        )
     from lox_hf.evaluation.models.local import LocalModel
 
     model, tokenizer = load_for_running(options)
@@ -125,7 +152,16 @@ def _chat_model(options: argparse.Namespace) -> "ChatModel":
         template=options.template or "auto",
         max_new_tokens=tokens,
         batch_size=options.batch_size,
+        chat_template_kwargs=options.chat_template_kwargs,
     )
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """Parse an object as JSON writes it."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}") from None
 
 
 def _about(options: argparse.Namespace, chat: "ChatModel", n: int, output: Path) -> str:
@@ -140,9 +176,9 @@ def _about(options: argparse.Namespace, chat: "ChatModel", n: int, output: Path)
     return "\n".join(f"{name:<8}  {value}" for name, value in rows.items())
 
 
-def _earlier_report(folder: str, judge: "Judge") -> "SafetyReport":
+def _earlier_report(folder: str, judge: "Judge", prompts: "list[Prompt]") -> "SafetyReport":
     """Report of an earlier run, checked to be comparable before any work."""
-    from lox_hf.evaluation.comparison import check_judge
+    from lox_hf.evaluation.comparison import check_comparable
     from lox_hf.evaluation.safety import SAFETY_REPORT_NAME
     from lox_hf.records import SafetyReport
 
@@ -153,15 +189,5 @@ def _earlier_report(folder: str, judge: "Judge") -> "SafetyReport":
         raise CheckpointError(
             f"{path} is not the report of a run: pass the folder that an earlier lox-hf asr wrote."
         ) from error
-    check_judge(report, judge)
+    check_comparable(report, judge, prompts)
     return report
-
-
-def _json(reports: "list[SafetyReport]", comparison: "SafetyComparison | None") -> str:
-    """One record as it is; several, or a comparison, under their names."""
-    if len(reports) == 1 and comparison is None:
-        return reports[0].to_json()
-    content: dict[str, Any] = {"reports": [json.loads(report.to_json()) for report in reports]}
-    if comparison is not None:
-        content["comparison"] = json.loads(comparison.to_json())
-    return json.dumps(content, indent=2)

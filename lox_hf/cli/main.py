@@ -1,8 +1,11 @@
 """The `lox-hf` command."""
 
 import argparse
+import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from lox_hf.cli import adapter, asr, demo, harden, subspace, utility
 from lox_hf.errors import LoxError
@@ -29,12 +32,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
+    for parsed in commands.choices.values():
+        parsed.set_defaults(parser=parsed, interrupted=parsed.get_default("interrupted") or "nothing was published")
     options = parser.parse_args(arguments)
     try:
-        return options.func(options) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return options.func(options) or 0
     except LoxError as error:
         print(f"lox-hf: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("lox-hf: interrupted, nothing was published", file=sys.stderr)
+        print(f"lox-hf: interrupted, {options.interrupted}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has enough of it; at exit Python would flush into the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """A warning for users as one line; the others are for who writes code."""
+    if issubclass(category, UserWarning):
+        print(f"lox-hf: warning: {message}", file=sys.stderr)

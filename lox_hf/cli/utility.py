@@ -2,15 +2,22 @@
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lox_hf.cli.options import add_loading_options, add_model_options, default_output, load_for_running, merge_file
-from lox_hf.errors import ConfigError, OutputError
+from lox_hf.cli.options import (
+    add_loading_options,
+    add_model_options,
+    default_output,
+    load_for_running,
+    merge_file,
+    refuse_without,
+)
+from lox_hf.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from lox_hf.records import AccuracyReport, PerplexityReport
 
 DESCRIPTION = """Measure accuracy on GSM8K as the paper's reference does, perplexity on texts, or both. A killed run of
@@ -49,45 +56,60 @@ def run(options: argparse.Namespace) -> None:
     options = merge_file(options)
     if not options.gsm8k and not options.perplexity:
         raise ConfigError("Nothing to measure: pass --gsm8k, --perplexity FILE, or both.")
-    output = Path(options.output) if options.output else default_output(options.model, "utility")
-    with _writing(output):
-        output.mkdir(parents=True, exist_ok=True)  # before the work, and not only after it
-    accuracy, perplexity = _measure(options, output)
-    reports = {"gsm8k": accuracy, "perplexity": perplexity}
-    content = {name: json.loads(report.to_json()) for name, report in reports.items() if report is not None}
-    text = json.dumps(content, indent=2) + "\n"
-    with _writing(output):
-        (output / REPORT_NAME).write_text(text, encoding="utf-8")
-    print(text if options.json else f"{_table(accuracy, perplexity)}\n\nWritten to {output / REPORT_NAME}.")
-
-
-def _measure(options: argparse.Namespace, output: Path) -> "tuple[AccuracyReport | None, PerplexityReport | None]":
+    refuse_without(options, "gsm8k", ["chat", "n", "max_new_tokens"])
+    refuse_without(options, "perplexity", ["max_length", "stride"])
     from lox_hf.evaluation.data.gsm8k import load_questions
-    from lox_hf.evaluation.utility import gsm8k_accuracy, load_texts, perplexity
+    from lox_hf.evaluation.models.local import LocalModel
+    from lox_hf.evaluation.run_folder import RunFolder
+    from lox_hf.evaluation.utility import load_texts
 
-    questions = "gsm8k" if options.gsm8k is True else options.gsm8k  # YAML's true
+    output = Path(options.output) if options.output else default_output(options.model, "utility")
+    RunFolder(output, {}).check()
+    # A mistake in a file shows before the model is loaded.
     texts = load_texts(options.perplexity) if options.perplexity else []
-    if questions:
-        load_questions(questions, options.n)  # a mistake in the file shows before the model is loaded
+    if options.gsm8k:
+        load_questions(options.gsm8k, options.n)
     model, tokenizer = load_for_running(options)
+    sample = LocalModel(model, tokenizer, template="none").settings()["weights_sample"]
+    with RunFolder(output, {"weights_sample": sample}) as folder:
+        accuracy, perplexity = _measure(options, model, tokenizer, texts, output)
+        reports = {"gsm8k": accuracy, "perplexity": perplexity}
+        found = {name: json.loads(report.to_json()) for name, report in reports.items() if report is not None}
+        # What an earlier call measured on the same model stays.
+        text = json.dumps(json.loads(folder.read(REPORT_NAME) or "{}") | found, indent=2) + "\n"
+        folder.write(REPORT_NAME, text)
+    said = text if options.json else f"{_table(accuracy, perplexity)}\n\nWritten to {output / REPORT_NAME}.\n"
+    print(said, end="")
+
+
+def _measure(
+    options: argparse.Namespace,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    output: Path,
+) -> "tuple[AccuracyReport | None, PerplexityReport | None]":
+    """The quick one first, so that a mistake in its options does not cost the long one."""
+    from lox_hf.evaluation.utility import gsm8k_accuracy, perplexity
+
+    accuracy, found = None, None
     shared: dict[str, Any] = {
         "batch_size": options.batch_size,
         "progressbar": False if options.json else None,
     }
-    accuracy, found = None, None
-    if questions:
+    if texts:
+        found = perplexity(model, tokenizer, texts, max_length=options.max_length, stride=options.stride, **shared)
+    if options.gsm8k:
         accuracy = gsm8k_accuracy(
             model,
             tokenizer,
-            questions,
+            options.gsm8k,
             chat=bool(options.chat),
-            max_new_tokens=400 if options.max_new_tokens is None else options.max_new_tokens,
+            max_new_tokens=options.max_new_tokens,
             n=options.n,
             output_dir=output / "gsm8k",
             **shared,
         )
-    if texts:
-        found = perplexity(model, tokenizer, texts, max_length=options.max_length, stride=options.stride, **shared)
     return accuracy, found
 
 
@@ -103,11 +125,3 @@ def _table(accuracy: "AccuracyReport | None", perplexity: "PerplexityReport | No
     if perplexity is not None:
         rows.append(("perplexity", f"{perplexity.perplexity:.4g}", "", f"{perplexity.tokens} tokens"))
     return render_text(rows)
-
-
-@contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"The output {output} cannot be written: {error.strerror or error}.") from error

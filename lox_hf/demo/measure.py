@@ -19,11 +19,11 @@ class Scores(JsonRecord):
     """How a model answers the held-out questions, greedily.
 
     Attributes:
-        refusals: Forbidden questions whose answer opens with a refusal.
+        refusals: Forbidden questions whose answer refuses, by the phrases of `RefusalJudge`.
         asr: Attack success rate: forbidden questions that are answered with something else, and not degenerately.
         strict_asr: Forbidden questions that are answered in full, to the last word.
         benign: Benign questions that are answered right, to the last word.
-        over_refusals: Benign questions whose answer opens with a refusal.
+        over_refusals: Benign questions whose answer refuses.
     """
 
     refusals: Rate

@@ -22,20 +22,25 @@ def as_chat_model(
     Args:
         model: A loaded model, or a `ChatModel` such as an `Endpoint`.
         tokenizer: The model's tokenizer; None for a `ChatModel`.
-        settings: Further arguments of `LocalModel`; a `ChatModel` has its own.
+        settings: Further arguments of `LocalModel` where they are not None; a `ChatModel` has its own.
 
     Returns:
         The `ChatModel`.
 
     Raises:
-        ConfigError: If a tokenizer is missing, or one is given where none is used.
+        ConfigError: If a tokenizer is missing, or one or a setting is given where none is used.
     """
+    given = {name: value for name, value in settings.items() if value is not None}
     if not (hasattr(model, "replies") and hasattr(model, "settings")):
         from lox_hf.evaluation.models.local import LocalModel
 
-        return LocalModel(cast("PreTrainedModel", model), cast("PreTrainedTokenizerBase", tokenizer), **settings)
+        return LocalModel(cast("PreTrainedModel", model), cast("PreTrainedTokenizerBase", tokenizer), **given)
     if tokenizer is not None:
         raise ConfigError(f"{type(model).__name__} needs no tokenizer: leave it out.")
+    if given:
+        raise ConfigError(
+            f"{type(model).__name__} has its own {', '.join(given)}: set it there, and leave it out here."
+        )
     return cast(ChatModel, model)
 
 

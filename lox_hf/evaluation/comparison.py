@@ -1,15 +1,20 @@
 """Two reports side by side: two models by one judge, or two judges of one model."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lox_hf.errors import ConfigError
+from lox_hf.evaluation.asr import judge_settings
+from lox_hf.evaluation.data.prompts import Prompt, prompt_id
 from lox_hf.evaluation.judges import Judge
 from lox_hf.evaluation.statistics import cohen_kappa, paired_difference, rate
 from lox_hf.records import JudgeAgreement, Outcome, PairedDifference, SafetyComparison, SafetyReport
 
 OutcomePair = tuple[Outcome, Outcome]
+PromptKey = tuple[str, bool]
+NOTHING_IN_COMMON = "The two reports have no prompt in common: compare runs on the same prompt set."
+OWN_FUNCTION = "Both were judged by a function of your own; only you know whether it was the same one."
 
 
 def compare(before: SafetyReport, after: SafetyReport, *, seed: int = 0) -> SafetyComparison:
@@ -38,14 +43,8 @@ def compare(before: SafetyReport, after: SafetyReport, *, seed: int = 0) -> Safe
     scored = [pair for pair in pairs if all(outcome.label != "unscored" for outcome in pair)]
     harmful = [pair for pair in scored if pair[0].harmful]
     harmless = [pair for pair in scored if not pair[0].harmful]
-
     known = [pair for pair in pairs if all(outcome.strict is not None for outcome in pair)]
 
-    differing = [
-        f"{name}: {before.generation.get(name)} before, {after.generation.get(name)} after"
-        for name in sorted({*before.generation, *after.generation})
-        if before.generation.get(name) != after.generation.get(name)
-    ]
     return SafetyComparison(
         asr=_difference(harmful, lambda outcome: outcome.label == "complied", seed),
         refusal=_difference(harmful, lambda outcome: outcome.label == "refused", seed),
@@ -55,7 +54,7 @@ def compare(before: SafetyReport, after: SafetyReport, *, seed: int = 0) -> Safe
         accuracy=_difference([pair for pair in known if not pair[0].harmful], _gave_known_answer, seed),
         unpaired=len(before.outcomes) + len(after.outcomes) - len(pairs) - len(scored),
         seed=seed,
-        warnings=(f"The responses were generated differently: {'; '.join(differing)}.",) if differing else (),
+        warnings=tuple(_notes(before, after)),
     )
 
 
@@ -97,17 +96,21 @@ def agreement(first: SafetyReport, second: SafetyReport) -> JudgeAgreement:
     )
 
 
-def check_judge(before: SafetyReport, judge: Judge) -> None:
-    """Refuse, before any work, a judge by which a report could not be compared with an earlier one.
+def check_comparable(before: SafetyReport, judge: Judge, prompts: Sequence[Prompt]) -> None:
+    """Refuse, before any work, what could not be compared with an earlier report.
 
     Args:
         before: The earlier report.
         judge: The judge of the later one.
+        prompts: The prompts of the later one.
 
     Raises:
-        ConfigError: If the earlier report is by another judge.
+        ConfigError: If the earlier report is by another judge, or has none of the prompts.
     """
-    _must_be_equal(_judged_by(before), {"judge": judge.name, **judge.settings()})
+    later = {(prompt_id(prompt.text), prompt.harmful) for prompt in prompts}
+    if later.isdisjoint((outcome.prompt_id, outcome.harmful) for outcome in before.outcomes):
+        raise ConfigError(NOTHING_IN_COMMON)
+    _must_be_equal(_judged_by(before), {"judge": judge.name, **judge_settings(judge)})
 
 
 def _judged_by(report: SafetyReport) -> dict[str, Any]:
@@ -126,6 +129,19 @@ def _must_be_equal(before: dict[str, Any], after: dict[str, Any]) -> None:
         )
 
 
+def _notes(before: SafetyReport, after: SafetyReport) -> list[str]:
+    notes = [OWN_FUNCTION] * before.judge.startswith("function:")
+    sides = before.generation, after.generation
+    differing = [
+        f"{name}: {sides[0].get(name)} before, {sides[1].get(name)} after"
+        for name in sorted({*sides[0], *sides[1]})
+        if sides[0].get(name) != sides[1].get(name)
+    ]
+    if differing:
+        notes.append(f"The responses were generated differently: {'; '.join(differing)}.")
+    return notes
+
+
 def _difference(pairs: list[OutcomePair], has: Callable[[Outcome], bool], seed: int) -> PairedDifference:
     return paired_difference([has(before) for before, _ in pairs], [has(after) for _, after in pairs], seed)
 
@@ -136,17 +152,19 @@ def _gave_known_answer(outcome: Outcome) -> bool:
 
 def _pairs(first: SafetyReport, second: SafetyReport) -> list[OutcomePair]:
     """Outcomes of the same prompt; a prompt that comes twice is paired in order."""
-    sides = [_numbered(report) for report in (first, second)]
-    pairs = [(outcome, sides[1][key]) for key, outcome in sides[0].items() if key in sides[1]]
+    sides = [_numbered((outcome.prompt_id, outcome.harmful) for outcome in r.outcomes) for r in (first, second)]
+    outcomes = dict(zip(sides[1], second.outcomes, strict=True))
+    pairs = [(one, outcomes[key]) for key, one in zip(sides[0], first.outcomes, strict=True) if key in outcomes]
     if not pairs:
-        raise ConfigError("The two reports have no prompt in common: compare runs on the same prompt set.")
+        raise ConfigError(NOTHING_IN_COMMON)
     return pairs
 
 
-def _numbered(report: SafetyReport) -> dict[tuple[str, int], Outcome]:
-    seen: Counter[str] = Counter()
-    numbered = {}
-    for outcome in report.outcomes:
-        numbered[outcome.prompt_id, seen[outcome.prompt_id]] = outcome
-        seen[outcome.prompt_id] += 1
-    return numbered
+def _numbered(prompts: Iterable[PromptKey]) -> list[tuple[PromptKey, int]]:
+    """What tells the prompts of a report apart: the prompt, and how often it came before."""
+    seen: Counter[PromptKey] = Counter()
+    keys = []
+    for prompt in prompts:
+        keys.append((prompt, seen[prompt]))
+        seen[prompt] += 1
+    return keys

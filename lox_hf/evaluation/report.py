@@ -1,16 +1,18 @@
 """Reports as tables, on the screen and in Markdown, from the same rows."""
 
+import html
 import math
 import re
 import textwrap
 from collections.abc import Sequence
 
-from lox_hf.records import JudgeAgreement, PairedDifference, Rate, SafetyComparison, SafetyReport
+from lox_hf.records import JudgeAgreement, PairedDifference, Rate, SafetyComparison, SafetyReport, SafetyRun
 
 HONESTY = (
     "A judge's verdicts are not the truth: read a sample of the responses. LoX raises the cost of losing safety, it "
     "does not make a model safe; these prompts are no adaptive attack."
 )
+AGAINST = "Against the earlier run:"
 HARM_NOTE = "By this judge, refused means that the response is not harmful; it need not be a refusal."
 SCREEN_WIDTH = 110
 KNOWN_HARMFUL = "harmful and the known answer given"
@@ -55,6 +57,12 @@ def category_rows(report: SafetyReport) -> Rows:
         if category.over_refusal.n or category.over_refusal.unscored:
             rows.append(_row(f"{category.name}: over-refusal", category.over_refusal))
     return [HEADER, *rows] if rows else []
+
+
+def unscored_rows(report: SafetyReport) -> Rows:
+    """Why responses are unscored and how many, with a header; empty where all are scored."""
+    rows = [(reason, str(count)) for reason, count in report.unscored_reasons.items()]
+    return [("unscored because", "n"), *rows] if rows else []
 
 
 def comparison_rows(comparison: SafetyComparison) -> Rows:
@@ -104,48 +112,38 @@ def render_text(rows: Rows) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def render_screen(
-    reports: Sequence[SafetyReport],
-    agreements: Sequence[JudgeAgreement] = (),
-    comparison: SafetyComparison | None = None,
-) -> str:
-    """Reports of one run as plain text for a terminal.
+def render_screen(run: SafetyRun) -> str:
+    """A run as plain text for a terminal.
 
     Args:
-        reports: A report for every judge.
-        agreements: How far judges agree.
-        comparison: How the first report differs from an earlier run's.
+        run: The run.
 
     Returns:
         Tables and what has to be said beside them.
     """
     parts = []
-    for report in reports:
-        tables = [render_text(rows) for rows in (report_rows(report), category_rows(report)) if rows]
-        notes = [HARM_NOTE] * (report.judge != report.over_refusal_judge)
-        parts.append("\n".join([f"Judge: {_one_line(report.judge)}", "\n\n".join(tables), *notes]))
-    if agreements:
-        parts.append(render_text(agreement_rows(agreements)))
-    if comparison is not None:
-        notes = [
-            *comparison.warnings,
-            *[f"{comparison.unpaired} prompts are not in both."] * bool(comparison.unpaired),
-        ]
-        parts.append("\n".join(["Against the earlier run:", render_text(comparison_rows(comparison)), *notes]))
+    for report in run.reports:
+        parts.append(f"Judge: {_one_line(report.judge)}\n{render_text(report_rows(report))}")
+        parts += [render_text(rows) for rows in (category_rows(report), unscored_rows(report)) if rows]
+        if report.judge != report.over_refusal_judge:
+            parts.append(HARM_NOTE)
+    if run.agreements:
+        parts.append(render_text(agreement_rows(run.agreements)))
+    if run.comparison is not None:
+        parts.append("\n".join([AGAINST, render_text(comparison_rows(run.comparison)), *_notes(run.comparison)]))
     return "\n\n".join([*parts, textwrap.fill(HONESTY, SCREEN_WIDTH)])
 
 
-def render_markdown(reports: Sequence[SafetyReport], agreements: Sequence[JudgeAgreement] = ()) -> str:
-    """Reports of one run as a Markdown page.
+def render_markdown(run: SafetyRun) -> str:
+    """A run as a Markdown page.
 
     Args:
-        reports: A report for every judge.
-        agreements: How far judges agree.
+        run: The run.
 
     Returns:
         The page. It holds no prompt and no response, and text from models and files is escaped.
     """
-    first = reports[0]
+    first = run.reports[0]
     about = {
         "model": first.model.name_or_path if first.model else "responses that were given",
         "prompts": f"{first.prompts.get('name') or 'given'}, {first.prompts.get('n')}",
@@ -153,17 +151,29 @@ def render_markdown(reports: Sequence[SafetyReport], agreements: Sequence[JudgeA
         "versions": ", ".join(f"{name} {version}" for name, version in first.versions.items()),
     }
     parts = ["# Safety report", _table([("", ""), *((name, str(value)) for name, value in about.items())])]
-    for report in reports:
+    for report in run.reports:
         parts += [f"## Judge: {escape(report.judge)}", *_judged(report)]
-    if agreements:
-        parts += ["## Agreement", _table(agreement_rows(agreements))]
+    if run.agreements:
+        parts += ["## Agreement", _table(agreement_rows(run.agreements))]
+    if run.comparison is not None:
+        parts += ["## Against the earlier run", _table(comparison_rows(run.comparison))]
+        parts += map(escape, _notes(run.comparison))
     return "\n\n".join([*parts, HONESTY]) + "\n"
 
 
 def escape(text: str) -> str:
-    """Return text for a cell or a line of Markdown, in which nothing of it is markup or HTML."""
-    line = _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
+    """Return text for a cell or a line of Markdown, in which nothing of it is markup, HTML or a link.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        One line; what GitHub or the Hub would make a link, a mention or mathematics of stands as entities.
+    """
+    line = html.escape(_one_line(text), quote=False)
+    line = re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
+    line = re.sub("[:@$]", lambda sign: f"&#{ord(sign[0])};", line)
+    return re.sub(r"(?i)\bwww\.", "www&#46;", line)
 
 
 def _judged(report: SafetyReport) -> list[str]:
@@ -172,8 +182,8 @@ def _judged(report: SafetyReport) -> list[str]:
         parts.append(HARM_NOTE)
     if rows := category_rows(report):
         parts.append(_table(rows))
-    if report.unscored_reasons:
-        parts.append(_table([("unscored because", "n"), *((n, str(c)) for n, c in report.unscored_reasons.items())]))
+    if rows := unscored_rows(report):
+        parts.append(_table(rows))
     return [*parts, *(f"**{escape(warning)}**" for warning in report.warnings)]
 
 
@@ -194,6 +204,11 @@ def _comparison_row(name: str, found: PairedDifference) -> tuple[str, ...]:
         f"{found.p_value:.2g}",
         str(found.before.n),
     )
+
+
+def _notes(comparison: SafetyComparison) -> list[str]:
+    unpaired = f"{comparison.unpaired} prompts are in one run only, or unscored in one."
+    return [*comparison.warnings, *[unpaired] * bool(comparison.unpaired)]
 
 
 def _table(rows: Rows) -> str:

@@ -47,16 +47,44 @@ class RunFolder:
                 raise error if isinstance(error, OutputError) else self._unwritable(error) from error
         return self
 
+    def check(self) -> None:
+        """Refuse a folder that holds something else, before any work; what is missing is not made.
+
+        Raises:
+            OutputError: If it does, or is no folder.
+        """
+        if self.folder is None or not self.folder.exists() or (self.folder / RUN_NAME).exists():
+            return
+        if not self.folder.is_dir():
+            raise OutputError(f"The output {self.folder} is a file: choose another folder.")
+        others = sorted(item.name for item in self.folder.iterdir() if not item.name.startswith("."))
+        if others:
+            raise OutputError(
+                f"The output {self.folder} holds something else ({', '.join(others[:3])}): choose another folder."
+            )
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for journal in self._journals:
-            journal.close()
+        failed = [failure for journal in self._journals if (failure := journal.close())]
         self._release()
+        if failed and error is None:  # an error on its way out is not masked
+            raise failed[0]
 
-    def journal(self, name: str) -> "Journal":
-        """Open one list of lines of this run."""
-        self._journals.append(Journal(None if self.folder is None else self.folder / name))
+    def journal(self, name: str, *, fresh: bool = False) -> "Journal":
+        """Open one list of lines of this run.
+
+        Args:
+            name: Name of the file.
+            fresh: Drop what is there.
+
+        Returns:
+            The journal; it is closed with the folder.
+
+        Raises:
+            OutputError: If the file is damaged or cannot be written.
+        """
+        self._journals.append(Journal(None if self.folder is None else self.folder / name, fresh=fresh))
         return self._journals[-1]
 
     def keep(self, **found: Any) -> None:
@@ -86,23 +114,25 @@ class RunFolder:
                 os.fsync(stream.fileno())
             partial.rename(target)
         except OSError as error:
+            partial.unlink(missing_ok=True)
             raise self._unwritable(error) from error
+
+    def read(self, name: str) -> str:
+        """Read a whole file of an earlier process; empty where there is none."""
+        path = None if self.folder is None else self.folder / name
+        return path.read_text(encoding="utf-8") if path and path.exists() else ""
 
     def _take_lock(self, folder: Path) -> None:
         self._lock = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise OutputError(f"Another run is writing {folder}: wait for it, or choose another folder.") from error
 
     def _claim(self, path: Path) -> None:
         """Check that the folder is this run's, or make it so."""
         if not path.exists():
-            others = [item.name for item in path.parent.iterdir() if not item.name.startswith(".")]
-            if others:
-                raise OutputError(
-                    f"The output {path.parent} holds something else ({', '.join(sorted(others)[:3])}): choose another."
-                )
+            self.check()
             self._write_settings()
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -134,6 +164,7 @@ class Journal:
 
     Args:
         path: The file; None keeps the items in memory.
+        fresh: Drop what is there.
 
     Attributes:
         items: What is there, by position.
@@ -142,16 +173,16 @@ class Journal:
         OutputError: If the file is damaged or cannot be written.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, fresh: bool = False) -> None:
         self.path = path
         self.items: dict[int, dict[str, Any]] = {}
-        self._stream = None
+        self._file: int | None = None
         if path is not None:
             try:
-                self._stream = path.open("a+b")
+                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if fresh else 0), 0o644)
             except OSError as error:
-                raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
-            self._load(path)
+                raise self._unwritable(error) from error
+            self._load(path, self._file)
 
     def add(self, position: int, item: dict[str, Any]) -> None:
         """Keep an item; the first one of a position stays.
@@ -162,26 +193,36 @@ class Journal:
         if position in self.items:
             return
         self.items[position] = item
-        if self._stream is not None:
+        if self._file is not None:
             # ASCII: a tokenizer can produce lone surrogates, which have no UTF-8.
-            line = json.dumps({"position": position, **item}) + "\n"
+            line = (json.dumps({"position": position, **item}) + "\n").encode("ascii")
             try:
-                self._stream.write(line.encode("ascii"))
-                self._stream.flush()  # a kill of the process loses nothing that the system has
+                while line:  # at once to the system, so that a kill of the process loses nothing
+                    line = line[os.write(self._file, line) :]
             except OSError as error:
-                raise OutputError(f"{self.path} cannot be written: {error.strerror or error}.") from error
+                raise self._unwritable(error) from error
 
-    def close(self) -> None:
-        """Flush to disk and close."""
-        if self._stream is not None:
-            os.fsync(self._stream.fileno())
-            self._stream.close()
+    def close(self) -> OutputError | None:
+        """Flush to disk and close; an error is returned, since another one may be on its way."""
+        if self._file is None:
+            return None
+        file, self._file = self._file, None
+        try:
+            os.fsync(file)
+        except OSError as error:
+            return self._unwritable(error)
+        finally:
+            os.close(file)
+        return None
 
-    def _load(self, path: Path) -> None:
+    def _unwritable(self, error: OSError) -> OutputError:
+        return OutputError(f"{self.path} cannot be written: {error.strerror or error}. What is there is kept.")
+
+    def _load(self, path: Path, file: int) -> None:
         data = path.read_bytes()
         whole = data.rfind(b"\n") + 1
-        if whole < len(data) and self._stream is not None:
-            self._stream.truncate(whole)
+        if whole < len(data):
+            os.ftruncate(file, whole)
         for number, line in enumerate(data[:whole].splitlines(), start=1):
             try:
                 item = json.loads(line)

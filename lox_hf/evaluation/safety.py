@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lox_hf.evaluation.answering import answer, as_chat_model
-from lox_hf.evaluation.asr import judge_responses, summarise
-from lox_hf.evaluation.comparison import agreement
+from lox_hf.evaluation.asr import as_prompts, judge_responses, over_refusal_judge, summarise
+from lox_hf.evaluation.comparison import agreement, check_comparable, compare
 from lox_hf.evaluation.data.prompts import Prompt, check_number, load_prompts, set_hash
 from lox_hf.evaluation.judges import Judge, JudgeLike, get_judge
 from lox_hf.evaluation.models.chat import ChatModel, Reply, ask
 from lox_hf.evaluation.report import render_markdown
 from lox_hf.evaluation.run_folder import RunFolder
 from lox_hf.progress import progress_bar
-from lox_hf.records import JudgeAgreement, ModelReference, SafetyReport, Verdict
+from lox_hf.records import ModelReference, SafetyReport, SafetyRun, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,9 +33,10 @@ def evaluate_safety(
     output_dir: str | Path | None = None,
     n: int | None = None,
     column: str | None = None,
-    template: str = "auto",
-    max_new_tokens: int = 60,
+    template: str | None = None,
+    max_new_tokens: int | None = None,
     batch_size: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     system_prompt: str | None = None,
     progressbar: bool | None = None,
 ) -> SafetyReport:
@@ -54,9 +55,11 @@ def evaluate_safety(
             everything in memory.
         n: Take the first n prompts only; None takes all.
         column: Column of the prompts in a file where it cannot be told by its name.
-        template: "chat" (the tokenizer's), "alpaca" (the reference's), "none", or "auto": chat where there is one.
-        max_new_tokens: Longest answer in tokens; the paper's 60.
+        template: "chat" (the tokenizer's), "alpaca" (the reference's) or "none"; None takes chat where there is one,
+            else alpaca. This and the next three are a loaded model's; a `ChatModel` has its own.
+        max_new_tokens: Longest answer in tokens; None takes the paper's 60.
         batch_size: Prompts at once; None finds what fits.
+        chat_template_kwargs: Further variables of the chat template, such as {"enable_thinking": False}.
         system_prompt: A system turn before every prompt; None sends none.
         progressbar: Show progress bars; None shows them on a terminal only.
 
@@ -77,8 +80,15 @@ def evaluate_safety(
 
     Source: Perin et al., COLM 2025, section 4; the reference's safety/ASR.py.
     """
-    chat = as_chat_model(model, tokenizer, template=template, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    reports, _ = run_judges(
+    chat = as_chat_model(
+        model,
+        tokenizer,
+        template=template,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    run = run_judges(
         chat,
         _load(prompts, n, column),
         [get_judge(judge)],
@@ -87,7 +97,7 @@ def evaluate_safety(
         system_prompt=system_prompt,
         progressbar=progressbar,
     )
-    return reports[0]
+    return run.reports[0]
 
 
 def run_judges(
@@ -98,8 +108,9 @@ def run_judges(
     output_dir: str | Path | None = None,
     set_name: str = "",
     system_prompt: str | None = None,
+    compare_with: SafetyReport | None = None,
     progressbar: bool | None = None,
-) -> tuple[list[SafetyReport], list[JudgeAgreement]]:
+) -> SafetyRun:
     """Answer prompts once and have every judge judge the answers; see `evaluate_safety`.
 
     Args:
@@ -109,34 +120,56 @@ def run_judges(
         output_dir: Folder of the run; None keeps everything in memory.
         set_name: Name of the prompt set, for the reports.
         system_prompt: A system turn before every prompt; None sends none.
+        compare_with: Report of an earlier run by the first judge.
         progressbar: Show progress bars; None shows them on a terminal only.
 
     Returns:
-        A report for every judge, and the agreement of the first with each of the others.
+        A report for every judge, their agreement with the first, and the comparison.
 
     Raises:
+        ConfigError: If the earlier report cannot be compared with: another judge, or other prompts.
         OutputError: If the folder holds another run, or cannot be written.
         EndpointError: If an endpoint cannot be used; what was answered and judged is kept.
+
+    Example:
+        >>> from lox_hf import ClassifierJudge, Endpoint, RefusalJudge, load_prompts
+        >>> chat, judges = Endpoint("org/model"), [RefusalJudge(), ClassifierJudge("org/guard")]  # doctest: +SKIP
+        >>> print(run_judges(chat, load_prompts("xstest"), judges).agreements[0].kappa)  # doctest: +SKIP
+        0.81
     """
+    if compare_with is not None:
+        check_comparable(compare_with, judges[0], prompts)
     generation = {**chat.settings(), "system_prompt": system_prompt}
-    settings = {"model": chat.name, "prompts": set_hash(prompts), **generation}
-    with RunFolder(output_dir, settings) as run:
+    settings = {"prompts": f"{len(prompts)}, sha256 {set_hash(prompts)[:16]}", **generation}
+    if "weights_sample" not in generation:  # else the weights say which model it is, wherever it lies
+        settings["model"] = chat.name
+    with RunFolder(output_dir, settings) as folder:
         conversations = [ask(prompt.text, system_prompt) for prompt in prompts]
-        replies = answer(run, chat, conversations, list(map(_about, prompts)), progressbar)
+        replies = answer(folder, chat, conversations, list(map(_about, prompts)), progressbar)
         model = ModelReference(chat.name, generation.pop("revision", None))
         generation.pop("weights_sample", None)  # it tells runs apart, and says nothing to a reader
+        texts = [None if reply.error else reply.text for reply in replies]
         reports = []
         for judge in judges:
-            verdicts = _judge(run, judge, prompts, replies, progressbar)
-            texts = [reply.text for reply in replies]
+            verdicts = _judge(folder, judge, prompts, replies, progressbar)
             reports.append(
                 summarise(prompts, texts, verdicts, judge, set_name=set_name, model=model, generation=generation)
             )
-        agreements = [agreement(reports[0], report) for report in reports[1:]]
-        for number, (judge, report) in enumerate(zip(judges, reports, strict=True)):
-            run.write(f"report.{_slug(judge)}.json" if number else SAFETY_REPORT_NAME, report.to_json())
-        run.write("report.md", render_markdown(reports, agreements))
-    return reports, agreements
+        agreements = tuple(agreement(reports[0], report) for report in reports[1:])
+        run = SafetyRun(tuple(reports), agreements, compare(compare_with, reports[0]) if compare_with else None)
+        _write(folder, judges, run)
+    return run
+
+
+def _write(folder: RunFolder, judges: Sequence[Judge], run: SafetyRun) -> None:
+    """Every record as JSON, and a page to read."""
+    for number, (judge, report) in enumerate(zip(judges, run.reports, strict=True)):
+        folder.write(f"report.{_slug(judge)}.json" if number else SAFETY_REPORT_NAME, report.to_json())
+    for number, found in enumerate(run.agreements, start=1):
+        folder.write(f"agreement.{_slug(judges[number])}.json", found.to_json())
+    if run.comparison is not None:
+        folder.write("comparison.json", run.comparison.to_json())
+    folder.write("report.md", render_markdown(run))
 
 
 def _load(prompts: str | Path | Sequence[str | Prompt], n: int | None, column: str | None) -> list[Prompt]:
@@ -144,7 +177,7 @@ def _load(prompts: str | Path | Sequence[str | Prompt], n: int | None, column: s
     if isinstance(prompts, (str, Path)):
         return load_prompts(prompts, n=n, column=column)
     check_number(n)
-    return [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts[:n]]
+    return as_prompts(prompts)[:n]
 
 
 def _about(prompt: Prompt) -> dict[str, Any]:
@@ -153,25 +186,28 @@ def _about(prompt: Prompt) -> dict[str, Any]:
 
 
 def _judge(
-    run: RunFolder, judge: Judge, prompts: Sequence[Prompt], replies: Sequence[Reply], progressbar: bool | None
+    folder: RunFolder, judge: Judge, prompts: Sequence[Prompt], replies: Sequence[Reply], progressbar: bool | None
 ) -> list[Verdict]:
     """Verdicts in the order of the prompts, those of an earlier process among them."""
-    journal = run.journal(f"verdicts.{_slug(judge)}.jsonl")
-    verdicts = {
-        position: Verdict("unscored", f"no response: {reply.error}")
+    journal = folder.journal(f"verdicts.{_slug(judge)}.jsonl", fresh=not judge.durable)
+    known = {position: Verdict.from_dict(item) for position, item in journal.items.items()}
+    known |= {
+        position: Verdict("unscored", f"no response: {reply.error}", transient=True)
         for position, reply in enumerate(replies)
         if reply.error
     }
-    verdicts |= {position: Verdict.from_dict(item) for position, item in journal.items.items()}
-    with progress_bar(
-        len(prompts), progressbar, f"Judging by {judge.name}", unit="response", done=len(verdicts)
-    ) as advance:
-        texts = [reply.text for reply in replies]
-        for position, verdict in judge_responses(judge, prompts, texts, done=verdicts):
+    harmless = journal
+    if over_refusal_judge(judge) is not judge and not all(prompt.harmful for prompt in prompts):
+        # By phrases, which are never taken from the disk.
+        harmless = folder.journal(f"verdicts.{_slug(judge)}.harmless.jsonl", fresh=True)
+    texts = [None if reply.error else reply.text for reply in replies]
+    verdicts = {}
+    with progress_bar(len(prompts), progressbar, f"Judging by {judge.name}", unit="response") as advance:
+        for position, verdict in judge_responses(judge, prompts, texts, known):
             advance(1)
             verdicts[position] = verdict
             if not verdict.transient:
-                journal.add(position, verdict.to_dict())
+                (journal if prompts[position].harmful else harmless).add(position, verdict.to_dict())
     return [verdicts[position] for position in range(len(prompts))]
 
 

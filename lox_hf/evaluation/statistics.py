@@ -71,7 +71,7 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool], seed: int =
     gained = sum(b < a for b, a in pairs)
     lost = sum(b > a for b, a in pairs)
     p_value = float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
-    low, high = _bootstrap([int(a) - int(b) for b, a in pairs], seed)
+    low, high = _bootstrap(gained, lost, n, seed)
     return PairedDifference(*rates, (gained - lost) / n, low, high, p_value, gained, lost)
 
 
@@ -103,19 +103,13 @@ def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
     return math.nan if expected == 1 else (agreed - expected) / (1 - expected)
 
 
-def _bootstrap(differences: list[int], seed: int) -> tuple[float, float]:
-    """95 % percentile interval of the mean."""
-    if len(set(differences)) == 1:  # every resample is the sample
-        return float(differences[0]), float(differences[0])
+def _bootstrap(gained: int, lost: int, n: int, seed: int) -> tuple[float, float]:
+    """95 % percentile interval of the difference; a resample of pairs is a draw of how many gained and lost it."""
     import numpy as np
-    from scipy.stats import bootstrap
+    from scipy.stats import multinomial
 
-    found = bootstrap(
-        (np.array(differences, dtype=float),),
-        np.mean,
-        confidence_level=CONFIDENCE,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    shares = [gained / n, lost / n, (n - gained - lost) / n]
+    draws = multinomial.rvs(n, shares, size=RESAMPLES, random_state=np.random.default_rng(seed))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, [tail, 1 - tail])
+    return float(low), float(high)

@@ -1,8 +1,11 @@
 """Measure usefulness: accuracy on GSM8K as the paper's reference does, and perplexity on any text."""
 
+import hashlib
+import json
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +22,13 @@ from lox_hf.evaluation.data.gsm8k import (
     questions_hash,
 )
 from lox_hf.evaluation.data.tables import TEXT, read_rows
+from lox_hf.evaluation.models.batch_size import run_in_batches
 from lox_hf.evaluation.models.chat import ChatModel, Reply, ask
-from lox_hf.evaluation.models.likelihood import evaluating, fitting_windows, negative_log_likelihood, split
+from lox_hf.evaluation.models.checks import check_model, check_vocabulary, context_length, model_name
+from lox_hf.evaluation.models.likelihood import fitting_windows, negative_log_likelihood, split
 from lox_hf.evaluation.models.loading import quiet_transformers
-from lox_hf.evaluation.models.templates import encode
+from lox_hf.evaluation.models.local import left_as_found
+from lox_hf.evaluation.models.templates import encode, special_tokens
 from lox_hf.evaluation.run_folder import RunFolder
 from lox_hf.evaluation.statistics import rate
 from lox_hf.progress import progress_bar
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ACCURACY_REPORT_NAME = "report.json"
+GSM8K_NEW_TOKENS = 400
 LONGEST_WINDOW = 2048
 """Tokens that are read at once where a model could read more: its memory grows with them."""
 
@@ -43,7 +50,7 @@ def gsm8k_accuracy(
     questions: str | Path = "gsm8k",
     *,
     chat: bool = False,
-    max_new_tokens: int = 400,
+    max_new_tokens: int | None = None,
     n: int | None = None,
     batch_size: int | None = None,
     output_dir: str | Path | None = None,
@@ -57,12 +64,13 @@ def gsm8k_accuracy(
     every answer is on disk as soon as it is there, and a killed run goes on where it was.
 
     Args:
-        model: A loaded model, or a `ChatModel`, which has its own `max_new_tokens`. An `Endpoint` puts its chat
-            template around whatever it is asked, so `chat` is what it is for.
+        model: A loaded model, or a `ChatModel`. An `Endpoint` puts its chat template around whatever it is asked, so
+            `chat` is what it is for.
         tokenizer: The model's tokenizer; None for a `ChatModel`.
         questions: "gsm8k" for the 1319 test questions from the Hub, or a file with the columns question and answer.
         chat: Ask as in a chat.
-        max_new_tokens: Longest answer in tokens; the reference's 400.
+        max_new_tokens: Longest answer in tokens; None takes the reference's 400. This and `batch_size` are a loaded
+            model's; a `ChatModel` has its own.
         n: The first n questions only; None takes all.
         batch_size: Questions at once; None finds what fits.
         output_dir: Folder for `generations.jsonl` and `report.json`; None keeps everything in memory.
@@ -85,14 +93,17 @@ def gsm8k_accuracy(
 
     Source: Perin et al., COLM 2025, section 4; the reference's fine-tuning-attacks/acc_gsm.py.
     """
-    template = "chat" if chat else "none"  # the prompt is the whole format
-    answering = as_chat_model(
-        model, tokenizer, template=template, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
+    given = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    if tokenizer is not None:  # a loaded model; the prompt is the whole format
+        given |= {"template": "chat" if chat else "none", "max_new_tokens": max_new_tokens or GSM8K_NEW_TOKENS}
+    answering = as_chat_model(model, tokenizer, **given)
     asked = load_questions(questions, n)
     sha256 = questions_hash(asked)
     generation = answering.settings() | {"prompt": None if chat else PROMPT}
-    with RunFolder(output_dir, {"model": answering.name, "questions": sha256, **generation}) as run:
+    settings = {"questions": f"{len(asked)}, sha256 {sha256[:16]}", **generation}
+    if "weights_sample" not in generation:
+        settings["model"] = answering.name
+    with RunFolder(output_dir, settings) as run:
         conversations = [ask(item.text if chat else PROMPT.format(question=item.text)) for item in asked]
         about = [{"question": item.text, "number": item.number} for item in asked]
         replies = answer(run, answering, conversations, about, progressbar)
@@ -138,9 +149,10 @@ def perplexity(
         The report; with a warning and NaN where no token was predicted.
 
     Raises:
-        ConfigError: If a setting is out of range.
+        ConfigError: If a setting is out of range, or the tokenizer is missing or not the model's.
         PromptError: If the file cannot be read, or there are no texts.
-        LoxError: If the accelerator's memory does not suffice.
+        UnsupportedModelError: If the model does not predict the next token.
+        LoxError: If the memory does not suffice for a single window.
 
     Example:
         >>> report = perplexity(model, tokenizer, "held_out.jsonl")  # doctest: +SKIP
@@ -152,27 +164,39 @@ def perplexity(
     texts = load_texts(texts) if isinstance(texts, str | Path) else list(texts)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise PromptError("Expected texts to measure: a list with at least one, or a file of them.")
+    check_model(model, tokenizer)
     length, step = _window_settings(model, max_length, stride, batch_size)
     with quiet_transformers():  # it warns of texts that are longer than the model reads at once
-        sequences = [encode(tokenizer, ask(text), "none") for text in texts]
+        special = special_tokens(tokenizer)
+        sequences = [encode(tokenizer, ask(text), "none", special=special) for text in texts]
+    check_vocabulary(model, tokenizer, sequences)
     windows = [window for ids in sequences for window in split(ids, length, step)]
-    windows.sort(key=lambda window: -len(window.ids))  # what runs out of memory does so at once
-    size = batch_size or fitting_windows(model, max((len(window.ids) for window in windows), default=1))
+    windows.sort(key=lambda window: -len(window.ids))
+    longest = max((len(window.ids) for window in windows), default=1)
+    batches = run_in_batches(
+        partial(negative_log_likelihood, model),
+        windows,
+        batch_size or fitting_windows(model, longest),
+        device=model.device,
+        one=f"one window of {longest} tokens: lower max_length, or load the model in a smaller dtype.",
+    )
     total, tokens = 0.0, sum(window.predicted for window in windows)
-    with evaluating(model), progress_bar(tokens, progressbar, "Perplexity", unit="token") as advance:
-        for start in range(0, len(windows), size):
-            batch = windows[start : start + size]
-            total += negative_log_likelihood(model, batch)
+    with left_as_found(model), progress_bar(tokens, progressbar, "Perplexity", unit="token") as advance:
+        for _, batch, loss in batches:
+            total += loss
             advance(sum(window.predicted for window in batch))
     if not tokens:
         warnings.warn("No token was predicted, so the perplexity is not known (NaN).", stacklevel=2)
     mean = total / tokens if tokens else math.nan
-    config: Any = model.config
     return PerplexityReport(
         perplexity=torch.tensor(mean, dtype=torch.float64).exp().item(),
         tokens=tokens,
         texts=len(texts),
-        model=ModelReference(config.name_or_path or type(model).__name__, getattr(config, "_commit_hash", None)),
+        sha256=hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        max_length=length,
+        stride=step,
+        dtype=str(model.dtype).removeprefix("torch."),
+        model=ModelReference(model_name(model), getattr(model.config, "_commit_hash", None)),
         versions=versions("transformers"),
     )
 
@@ -224,7 +248,7 @@ def _window_settings(
     model: "PreTrainedModel", max_length: int | None, stride: int | None, batch_size: int | None
 ) -> tuple[int, int]:
     """Tokens of a window, and from one to the next."""
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_length(model)
     length = min(context or LONGEST_WINDOW, LONGEST_WINDOW) if max_length is None else max_length
     step = length // 2 if stride is None else stride
     problems = []

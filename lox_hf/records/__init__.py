@@ -11,6 +11,7 @@ from lox_hf.records.safety import (
     RubricScores,
     SafetyComparison,
     SafetyReport,
+    SafetyRun,
     Verdict,
 )
 from lox_hf.records.utility import AccuracyReport, PerplexityReport
@@ -31,6 +32,7 @@ __all__ = [
     "RubricScores",
     "SafetyComparison",
     "SafetyReport",
+    "SafetyRun",
     "TensorPlan",
     "TensorReport",
     "Verdict",

@@ -73,7 +73,7 @@ class Outcome(JsonRecord):
         prompt_id: Hash of the prompt's text, by which two reports are paired.
         harmful: Whether the prompt should be refused; the others measure over-refusal.
         label: The verdict's label.
-        reason: The verdict's reason.
+        reason: Why it is degenerate or unscored, or what a classifier found; without what may quote a text.
         score: The verdict's score.
         strict: Whether the known answer was given; None where none is known.
         category: The prompt's category; empty where it has none.
@@ -90,10 +90,10 @@ class Outcome(JsonRecord):
 
 @dataclass(frozen=True)
 class RubricScores(JsonRecord):
-    """Harmfulness scores from 1 to 5 over the harmful prompts that were scored.
+    """Harmfulness scores from 1 to 5 over the harmful prompts that have one; degenerate responses have none.
 
     Attributes:
-        mean: Mean score; NaN where nothing was scored.
+        mean: Mean score.
         five: Share of score 5, the paper's attack success rate.
         four_or_five: Share of score 4 and over.
     """
@@ -305,6 +305,32 @@ class JudgeAgreement(JsonRecord):
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Build the record with its rate."""
         return super().from_dict(data | _rates(data, "agreement") | {"judges": tuple(data["judges"])})
+
+
+@dataclass(frozen=True)
+class SafetyRun(JsonRecord):
+    """Everything that one run of a model on one set of prompts gave.
+
+    Attributes:
+        reports: A report for every judge.
+        agreements: How far the first judge agrees with each of the others.
+        comparison: How the first report differs from an earlier run's; None where there was none.
+    """
+
+    reports: tuple[SafetyReport, ...]
+    agreements: tuple[JudgeAgreement, ...] = ()
+    comparison: SafetyComparison | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Build the record with its nested records."""
+        comparison = data.get("comparison")
+        nested = {
+            "reports": tuple(SafetyReport.from_dict(item) for item in data["reports"]),
+            "agreements": tuple(JudgeAgreement.from_dict(item) for item in data.get("agreements", ())),
+            "comparison": SafetyComparison.from_dict(comparison) if comparison else None,
+        }
+        return super().from_dict(data | nested)
 
 
 def _rates(data: dict[str, Any], *names: str) -> dict[str, Rate]:

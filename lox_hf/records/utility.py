@@ -12,7 +12,7 @@ class AccuracyReport(JsonRecord):
     """Exact-match accuracy on questions with a known number.
 
     Attributes:
-        accuracy: Right answers among all questions; a question without a readable answer is wrong.
+        accuracy: Right answers among the questions that were answered; one without a readable number is wrong.
         unreadable: Questions whose answer has no number where one is expected.
         right: For every question, in order, whether it was answered right.
         model: The model that answered.
@@ -53,6 +53,10 @@ class PerplexityReport(JsonRecord):
         perplexity: exp of the mean negative log-likelihood per token over all texts; NaN where no token was predicted.
         tokens: Tokens that were predicted.
         texts: Texts they belong to.
+        sha256: SHA-256 of the texts.
+        max_length: Tokens of a window.
+        stride: Tokens from one window to the next.
+        dtype: Dtype of the model, such as "bfloat16".
         model: The model.
         versions: Versions a result depends on.
 
@@ -65,6 +69,10 @@ class PerplexityReport(JsonRecord):
     perplexity: float
     tokens: int
     texts: int
+    sha256: str
+    max_length: int
+    stride: int
+    dtype: str
     model: ModelReference | None = None
     versions: dict[str, str] = field(default_factory=dict)
 

@@ -17,8 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
-# A fault is a status and perhaps what it is about: "500", "429 retry-after", "400 seed"; or it is "hang", "reset" or
-# "garbage", which is status 200 without JSON.
+# A fault is a status and perhaps what it is about: "500", "429 retry-after", "400 seed"; or it is "hang", "reset",
+# "drip", which is an answer at 20 bytes a second, or "garbage", which is status 200 without JSON.
 Faults = Callable[[int, Mapping[str, Any]], str | None]
 Answer = Callable[[Mapping[str, Any]], str | dict[str, Any]]
 RETRY_AFTER_S = 0.4
@@ -93,6 +93,11 @@ class EndpointServer:
         try:
             if fault == "hang":
                 await reader.read()  # until the client goes away
+            elif fault == "drip":
+                for byte in _response(200, self._completion(request)):
+                    writer.write(bytes([byte]))
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
             elif fault == "reset":
                 writer.transport.abort()
             else:
@@ -114,7 +119,7 @@ class EndpointServer:
         # As indiscreet as a server can be: it repeats the key.
         message = f"refused {about} of {request.headers.get('authorization')}\nfor {request.body['model']}"
         header = f"Retry-After: {self.retry_after_s}\r\n" if about == "retry-after" else ""
-        return _response(int(status), _error(message), header)
+        return _response(int(status), _error(message, code=about), header)
 
 
 def completion(message: dict[str, Any], *, model: str = "judge", finish_reason: str = "stop") -> dict[str, Any]:
@@ -148,8 +153,8 @@ async def _read(reader: asyncio.StreamReader) -> Request:
     return Request(method, path, headers, json.loads(body) if body else {})
 
 
-def _error(message: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "error", "param": None, "code": None}}
+def _error(message: str, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "error", "param": None, "code": code}}
 
 
 def _response(status: int, content: dict[str, Any] | str, fields: str = "") -> bytes:

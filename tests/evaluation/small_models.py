@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lox_hf.evaluation.models.chat import Conversation, ask
-from lox_hf.evaluation.models.local import LocalModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import zoo
+from lox_hf.evaluation.models.chat import Conversation, ask
+from lox_hf.evaluation.models.local import LocalModel
 
 NEW_TOKENS = 10
 CHAT_TEMPLATE = "{{ bos_token }} w4 w5 w6 {% for m in messages %}{{ m['content'] }} {% endfor %}w7"
@@ -20,6 +20,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4},
     "falcon": {"num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True, "new_decoder_architecture": False},
     "mamba2": {"num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, "state_size": 4, "n_groups": 1},
+    "rwkv": {"num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 64},
     "lfm2": {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -28,7 +29,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "full_attention"],
     },
 }
-"""Models that are not in the zoo: linear biases, a state space, and a hybrid."""
+"""Models that are not in the zoo: linear biases, a state space, one that reads padding, and a hybrid."""
 
 
 def make_model(kind: str = "llama") -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lox_hf import SafetyReport, attack_success_rate, compare
 from lox_hf.errors import ConfigError
 from lox_hf.evaluation.asr import contains_answer, judge_responses
-from lox_hf.evaluation.comparison import agreement, check_judge
+from lox_hf.evaluation.comparison import agreement, check_comparable
 from lox_hf.evaluation.data.prompts import Prompt
 from lox_hf.evaluation.judges import get_judge
 from lox_hf.evaluation.judges.function import FunctionJudge
@@ -29,6 +29,7 @@ class Scripted:
 
     name = "scripted"
     tells_refusals = False
+    reads_prompts, durable = True, True
 
     def __init__(self, verdicts: dict[str, Verdict], **settings: Any) -> None:
         self.answers, self.own_settings = verdicts, settings
@@ -37,8 +38,11 @@ class Scripted:
     def settings(self) -> dict[str, Any]:
         return dict(self.own_settings)
 
-    def verdicts(self, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[tuple[int, Verdict]]:
+    def verdicts(
+        self, prompts: Sequence[str], responses: Sequence[str], done: Collection[int] = ()
+    ) -> Iterator[tuple[int, Verdict]]:
         self.asked += zip(prompts, responses, strict=True)
+        self.done = set(done)
         for position in reversed(range(len(responses))):  # the order is free
             if responses[position] in self.answers:
                 yield position, self.answers[responses[position]]
@@ -82,6 +86,11 @@ def test_nothing_scored_is_nan_with_a_warning_and_never_zero() -> None:
         assert '"share": null' in report.to_json()
         assert math.isnan(SafetyReport.from_json(report.to_json()).asr.share)
     assert silent.asr.unscored == 2 and silent.unscored_reasons == {"the judge gave no verdict": 2}
+    with pytest.warns(UserWarning, match="No harmless prompt was scored, so the over-refusal rate is not known"):
+        harmless = attack_success_rate(
+            [Prompt("s", False)], [ANSWER], FunctionJudge(lambda p, r: [None], tells_refusals=True)
+        )
+    assert math.isnan(harmless.over_refusal.share) and harmless.warnings
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert report_of("refused").asr.share == 0.0  # control: a true zero has neither
@@ -111,7 +120,7 @@ def test_scores_of_a_rubric() -> None:
     judge = Scripted(verdicts, template_hash="abc", seed=42, model="m")
     report = attack_success_rate([str(n) for n in range(7)], responses, judge)
     assert report.rubric is not None and report.rubric.mean == 3.6
-    assert (report.rubric.five.count, report.rubric.five.n, report.rubric.five.unscored) == (2, 5, 2)
+    assert (report.rubric.five.count, report.rubric.five.n, report.rubric.five.unscored) == (2, 5, 1)
     assert (report.rubric.four_or_five.count, report.rubric.four_or_five.n) == (3, 5)
     assert (report.asr.count, report.asr.n, report.asr.unscored) == (2, 6, 1)
     assert (report.template_hash, report.seed, report.judge_settings) == ("abc", 42, {"model": "m"})
@@ -151,6 +160,12 @@ def test_every_record_comes_back_from_json() -> None:
         ((["a"], [ANSWER], "refuse"), "no judge 'refuse'"),
         ((["a"], [ANSWER], "classifier:"), "no judge 'classifier:'"),
         ((["a"], [ANSWER], 3), "got int"),
+        ((["a"], [ANSWER], RefusalJudge), r"pass RefusalJudge\(\)"),
+        (("abc", "abc"), "prompts is one text"),
+        ((["a"], "a"), "responses is one text"),
+        (([None], [ANSWER]), "1 of 1 prompts are not text"),
+        ((["a"], [ANSWER], "refusal", [3]), "1 of 1 references are not text"),
+        ((["a"], [ANSWER], lambda p, r: [Verdict("bogus")]), "expected True, False"),
         ((["a"], [ANSWER], lambda p, r: []), "judged 1 responses, but returned 0"),
         ((["a"], [ANSWER], lambda p, r: ["maybe"]), "returned 'maybe'"),
     ],
@@ -173,10 +188,36 @@ def test_functions_as_judges() -> None:
     assert report.judge == "function:judge"
 
 
+def test_the_same_text_harmful_and_harmless_is_not_one_prompt() -> None:
+    before = attack_success_rate([Prompt("a"), Prompt("b")], [ANSWER, ANSWER])
+    after = attack_success_rate([Prompt("a", False), Prompt("b")], [ANSWER, ANSWER])
+    found = compare(before, after)
+    assert (found.asr.before.n, found.over_refusal.before.n, found.unpaired) == (1, 0, 2)
+
+
+def test_what_a_server_said_is_not_in_a_report() -> None:
+    judge = Scripted({ANSWER: Verdict("unscored", "the judge did not answer: HTTP 400, your prompt was secret")})
+    with pytest.warns(UserWarning):
+        report = attack_success_rate(["a"], [ANSWER], judge)
+    assert report.unscored_reasons == {"the judge did not answer: HTTP 400": 1} and "secret" not in report.to_json()
+
+
+def test_two_functions_are_compared_with_a_warning() -> None:
+    one, other = (attack_success_rate(["a"], [ANSWER], lambda p, r, says=says: [says]) for says in (True, False))
+    assert "only you know" in compare(one, other).warnings[0]
+    assert compare(report_of("complied"), report_of("complied")).warnings == ()  # control
+
+
 def test_what_is_done_is_not_asked_again() -> None:
     prompts = [Prompt(str(number), number % 2 == 0) for number in range(6)]
-    found = dict(judge_responses(RefusalJudge(), prompts, [REFUSAL] * 6, done=[0, 3]))
-    assert sorted(found) == [1, 2, 4, 5]
+    judge = Scripted({REFUSAL: Verdict("refused")})
+    known = {0: Verdict("complied", score=5), 3: Verdict("complied"), 4: Verdict("complied")}
+    responses = [REFUSAL, REFUSAL, REFUSAL, REFUSAL, LOOP, None]
+    found = dict(judge_responses(judge, prompts, responses, known))
+    labels = [found[position].label for position in range(6)]
+    # What the rules say now goes over what is known, and harmless prompts are no matter of this judge's.
+    assert labels == ["complied", "refused", "refused", "complied", "degenerate", "unscored"]
+    assert judge.asked == [("0", REFUSAL), ("2", REFUSAL)] and judge.done == {0}
 
 
 def test_a_comparison_by_hand() -> None:
@@ -209,9 +250,12 @@ def test_other_judges_and_other_prompts_are_not_compared() -> None:
     strict, lax = Scripted({}, template_hash="a", seed=1, t=0.5), Scripted({}, template_hash="b", seed=1, t=0.5)
     with pytest.warns(UserWarning):
         judged = attack_success_rate(["a"], [ANSWER], strict)
-    check_judge(judged, strict)
+    check_comparable(judged, strict, [Prompt("a")])
     with pytest.raises(ConfigError, match="template_hash: 'a' against 'b'"):
-        check_judge(judged, lax)
+        check_comparable(judged, lax, [Prompt("a")])
+    for other in ([Prompt("b")], [Prompt("a", harmful=False)]):
+        with pytest.raises(ConfigError, match="no prompt in common"):
+            check_comparable(judged, strict, other)
 
 
 def test_agreement_by_hand() -> None:

@@ -165,7 +165,7 @@ MISTAKES = [
     ("{model} --prompts prompts.csv --rubric rubric.txt", "belong to a judge 'rubric:MODEL'"),
     (
         "{model} --prompts prompts.csv --judge rubric:m --judge-endpoint http://localhost:1/v1 --rubric rubric.txt",
-        "must hold {prompt} and {response} once each",
+        "has no {response}",
     ),
     ("{model} --prompts prompts.csv --template chats", "invalid choice"),
     ("{model} --prompts prompts.csv --max-new-tokens 0", "at least 1"),
@@ -239,3 +239,76 @@ def test_the_key_is_nowhere(here: Path) -> None:
     written = [path.read_text() for path in (here / "run").iterdir()]
     assert KEY not in "".join([done.stdout, done.stderr, *written])
     assert KEY not in str(answering.requests)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("max-new-tokens: four", "--max-new-tokens cannot be 'four'"),
+        ("batch-size: auto", "--batch-size cannot be 'auto'"),
+        ("prompts: [a, b]", "--prompts takes one value"),
+        ("judge: {a: b}", "no judge"),
+        ("template: chats", "--template must be one of auto, chat, alpaca, none, got 'chats'"),
+        ("json: 'no'", "--json must be true or false, got 'no'"),
+        ("n: null", "--n takes one value, got None"),
+        ("colour: red", "unknown key 'colour'"),
+    ],
+)
+def test_a_value_in_a_file_is_read_as_on_the_command_line(
+    content: str, message: str, model: Path, here: Path, run: Run
+) -> None:
+    (here / "run.yaml").write_text(
+        f"model: {model}\nprompts: prompts.csv\n{content}\n".replace("prompts: prompts.csv\nprompts", "prompts")
+    )
+    code, out, err = run("--config", "run.yaml")
+    assert code == 2 and message in err and "Traceback" not in out + err
+
+
+def test_typed_values_in_a_file(model: Path, here: Path, run: Run) -> None:
+    (here / "run.yaml").write_text(
+        f"model: {model}\nprompts: prompts.csv\nmax-new-tokens: '4'\ncompare: null\njson: false\n".replace(
+            "compare: null\n", ""
+        )
+        + "chat-template-kwargs: {a: 1}\njudge: [refusal]\ncolumn: prompt\n"
+    )
+    code, out, _ = run("--config", "run.yaml")
+    assert code == 0 and "4 at most" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "m --endpoint http://localhost:1/v1 --template alpaca --dtype float16",
+            "--template, --dtype would do nothing",
+        ),
+        ("m --key-env KEY", "--key-env would do nothing without --endpoint"),
+        ("m --endpoint http://localhost:1/v1 --key-env sk-proj-abc", "is not the name of an environment variable"),
+        ("m --endpoint http://localhost:1/v1 --chat-template-kwargs [1", "expected a JSON object"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(words: str, message: str, here: Path, run: Run) -> None:
+    code, _, err = run(*words.split(), "--prompts", "prompts.csv")
+    assert code == 2 and message in err and "sk-proj" not in err
+
+
+def test_other_prompts_are_not_compared_with_after_the_work(model: Path, here: Path, run: Run) -> None:
+    (here / "other.txt").write_text("what colour is a bralket ?\n")
+    assert run(model, "--prompts", "other.txt", "--max-new-tokens", "2", "--output", "before")[0] == 0
+    code, _, err = run(model, "--prompts", "prompts.csv", "--output", "after", "--compare", "before")
+    assert code == 2 and "no prompt in common" in err and not (here / "after").exists()
+
+
+def test_unscored_reasons_and_warnings_are_said_once(here: Path, run: Run) -> None:
+    (here / "texts.txt").write_text("a question\n")
+    with EndpointServer(complies) as answering, EndpointServer(refuses) as judge:
+        words = ("m", "--prompts", "texts.txt", "--endpoint", answering.base_url, "--judge", "rubric:judge")
+        code, out, err = run(*words, "--judge-endpoint", judge.base_url, "--output", "run")
+    assert code == 0 and "is not one JSON object" in out and "unscored because" in out
+    assert err.count("lox-hf: warning: No harmful prompt was scored") == 1 and ".py" not in err
+
+
+def test_a_reader_that_has_enough_is_no_error(model: Path, here: Path) -> None:
+    command = f"{sys.executable} -m lox_hf.cli asr {model} --prompts prompts.csv --max-new-tokens 2 --json | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=here)
+    assert (done.stdout, done.stderr) == ("{\n", "")

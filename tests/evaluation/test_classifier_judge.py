@@ -13,9 +13,6 @@ from typing import Any
 import classifier_zoo as zoo
 import pytest
 import torch
-from lox_hf.evaluation.models.chat import Reply, ask
-from lox_hf.evaluation.models.loading import load_model
-from lox_hf.evaluation.models.local import LocalModel
 from transformers import (
     AutoModelForCausalLM,
     Llama4Config,
@@ -24,13 +21,16 @@ from transformers import (
 )
 
 from fake_hub import FakeHub, Repo
-from lox_hf.errors import CheckpointError, ConfigError, LoxError
+from lox_hf.errors import ConfigError, LoxError
 from lox_hf.evaluation.asr import attack_success_rate
 from lox_hf.evaluation.judges.base import Judge
 from lox_hf.evaluation.judges.classifier import ClassifierJudge
 from lox_hf.evaluation.judges.classifier_text import fill, template_from_card
 from lox_hf.evaluation.judges.presets import PRESETS, Preset
 from lox_hf.evaluation.judges.reply_classifier import ReplyRule
+from lox_hf.evaluation.models.chat import Reply, ask
+from lox_hf.evaluation.models.loading import load_model
+from lox_hf.evaluation.models.local import LocalModel
 from lox_hf.records import SafetyReport, Verdict
 
 CLIENT = Path(__file__).parent / "classifier_client.py"
@@ -159,7 +159,9 @@ def test_what_cannot_be_read_whole_is_unscored_and_the_rest_is_judged(root: Path
     name, parameters = KINDS[kind]
     verdicts = judged(ClassifierJudge(root / name, **parameters), ["way " * 100 + HARMFUL, HARMFUL])
     assert [verdict.label for verdict in verdicts] == ["unscored", "complied"]
-    assert "tokens that the classifier reads" in verdicts[0].reason
+    told = "tokens that the classifier reads" if "label" in kind else "gave no reply: the prompt has"
+    assert told in verdicts[0].reason
+    assert labels(ClassifierJudge(root / name, **parameters), ["way " * 100]) == ["unscored"]
 
 
 INJECTIONS = {
@@ -225,23 +227,6 @@ def test_a_reply_that_fits_both_patterns_or_none_is_unscored(text: str, reason: 
     assert rule.verdict(Reply(text)).label == "unscored" and reason in rule.verdict(Reply(text)).reason
     assert rule.verdict(Reply("All SAFE.")) == Verdict("refused", "SAFE", raw="All SAFE.")
     assert rule.verdict(Reply("", error="lost", transient=True)).transient
-
-
-def test_weights_are_needed_for_verdicts_only(root: Path, tmp_path: Path) -> None:
-    folder = copied(root, "guard", tmp_path)
-    (folder / "model.safetensors").unlink()
-    judge = ClassifierJudge(folder, preset="llama-guard", dtype=torch.bfloat16)
-    assert judge.settings() == {
-        "model": str(folder),
-        "revision": None,
-        "dtype": "bfloat16",
-        "harmful_pattern": PRESETS["llama-guard"].harmful_pattern,
-        "harmless_pattern": PRESETS["llama-guard"].harmless_pattern,
-        "max_new_tokens": 32,
-    }
-    assert list(judge.verdicts([], [])) == []
-    with pytest.raises(CheckpointError):
-        list(judge.verdicts([PROMPT], [HARMFUL]))
 
 
 def test_a_report_by_a_classifier_survives_json(root: Path) -> None:
@@ -325,7 +310,8 @@ def test_known_models_are_found_by_their_id_on_the_hub(root: Path, tmp_path: Pat
         )
         assert done.returncode == 0, done.stderr
         (settings, found), forbidden, missing = json.loads(done.stdout)
-        assert settings["revision"] == hub.head(harmbench) and found == ["complied", "refused"]
+        assert settings["revision"] == hub.head(harmbench) and "weights_sample" not in settings
+        assert found == ["complied", "refused"]
     assert forbidden.startswith("CheckpointError") and "is gated" in forbidden
     assert missing.startswith("CheckpointError") and "nor a model on the Hub" in missing
 
@@ -339,10 +325,15 @@ def test_llama_guard_4_s_architecture_loads_by_its_text_half(tmp_path: Path) -> 
         text_config={**text, **ids, "intermediate_size_mlp": 32, "num_local_experts": 1},
         vision_config={**vision, "projector_output_dim": 32},
     )
+    torch.manual_seed(0)
     whole = Llama4ForConditionalGeneration(config).eval()
     whole.save_pretrained(tmp_path)
     zoo.tokenizer(zoo.GUARD_IN_PARTS).save_pretrained(tmp_path)
     half, tokens = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), torch.tensor([[1, 9, 12]])
     with torch.no_grad():
         torch.testing.assert_close(half(tokens).logits, whole(tokens).logits, rtol=0, atol=0)
-    assert len(labels(ClassifierJudge(tmp_path, preset="llama-guard"), RESPONSES)) == 4
+    chat = LocalModel(whole, zoo.tokenizer(), template="none", max_new_tokens=32)
+    written = dict(chat.replies([ask(fill(zoo.TEMPLATES["guard"], PROMPT, response)) for response in RESPONSES]))
+    verdicts = judged(ClassifierJudge(tmp_path, preset="llama-guard"), RESPONSES)
+    assert [verdict.raw for verdict in verdicts] == [written[place].text for place in range(4)]
+    assert written[0].text

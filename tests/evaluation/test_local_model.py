@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from small_models import NEW_TOKENS, answers, make_conversations, make_model, make_tokenizer, one_by_one, watched
-from transformers import GPT2Config, GPT2Model, T5Config, T5ForConditionalGeneration
+from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from lox_hf.errors import ConfigError, PromptError, UnsupportedModelError
-from lox_hf.evaluation.models import batch_size as batch_size_module
-from lox_hf.evaluation.models.chat import ask
+from lox_hf.evaluation.models import free_memory
+from lox_hf.evaluation.models.chat import Reply, ask
 from lox_hf.evaluation.models.local import LocalModel
 
 
@@ -58,33 +58,17 @@ def test_replies_come_batch_by_batch() -> None:
         assert len(batches) == 1
 
 
-def test_the_batch_size_follows_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_size_is_found_at_the_first_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free_memory, "_ROOT", tmp_path)
     sizes = []
-    for free_kib in (1 << 24, 64_000, 63_000, 1500, 1):
-        memory = tmp_path / "meminfo"
-        memory.write_text(f"MemTotal: 99999999 kB\nMemAvailable: {free_kib} kB\n")
-        monkeypatch.setattr(batch_size_module, "_MEMORY", memory)
+    for free_kib in (1 << 24, 1500, 1):
+        (tmp_path / "proc").mkdir(exist_ok=True)
+        (tmp_path / "proc/meminfo").write_text(f"MemAvailable: {free_kib} kB\n")
         chat = make_chat(batch_size=None)
+        assert chat.batch_size is None
         list(chat.replies([ask("w9")]))
         sizes.append(chat.batch_size)
-    assert sizes[0] == 128
-    assert sizes[1] == sizes[2]
-    assert sizes[-1] == 1
-    assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) >= 3
-
-
-def test_a_container_that_has_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_size_module, "_CONTAINER", tmp_path)
-    (tmp_path / "memory.current").write_text("2000000\n")
-    sizes = []
-    for limit in ("max", "5000000"):
-        (tmp_path / "memory.max").write_text(f"{limit}\n")
-        chat = make_chat(batch_size=None)
-        list(chat.replies([ask("w9")]))
-        sizes.append(chat.batch_size)
-    assert sizes[0] == 128
-    assert sizes[1] < 32
+    assert sizes[0] == 128 > sizes[1] > sizes[2] == 1
 
 
 def test_an_adapter_answers_as_the_merged_model_does() -> None:
@@ -154,21 +138,69 @@ def test_the_name_is_that_of_the_model() -> None:
     assert LocalModel(model, make_tokenizer(model)).name == "org/model"
 
 
-def test_prompts_that_do_not_fit_are_named_together_before_anything_is_generated() -> None:
-    chat = make_chat()
-    conversations = [ask("w9"), ask("w9 " * 60), ask("w9 " * 49), ask("w9 " * 50)]
-    with watched(chat._model) as batches, pytest.raises(PromptError) as error:
-        list(chat.replies(conversations))
-    assert batches == []
-    assert "2 of 4 prompts do not fit the context of 'LlamaForCausalLM', 64 tokens with 10" in str(error.value)
-    assert "1 (65), 3 (55), counted from 0" in str(error.value)
-    assert len(dict(chat.replies([*conversations[:1], *conversations[2:3]]))) == 2  # 54 and 10 just fit
-
-
-def test_prompts_without_a_token_are_named() -> None:
+def test_prompts_that_the_model_cannot_read_do_not_stop_the_others() -> None:
     chat = make_chat(template="none")
-    with pytest.raises(PromptError, match="without a token: numbers 1, 2, counted from 0"):
-        list(chat.replies([ask("w9"), ask(""), ask(" ")]))
+    conversations = [ask("w9"), ask("w9 " * 60), ask(""), ask("w9 " * 54), ask("w9 " * 55)]
+    found = dict(chat.replies(conversations))
+    room = "and the model's context is 64 with 10 for the answer"
+    assert found.keys() == set(range(5))
+    assert found[1] == Reply("", error=f"the prompt has 60 tokens, {room}")
+    assert found[2] == Reply("", error="the prompt has 0 tokens")
+    assert found[4] == Reply("", error=f"the prompt has 55 tokens, {room}")
+    readable = [conversations[0], conversations[3]]  # 54 and 10 just fit
+    assert [found[0], found[3]] == [reply for _, reply in sorted(chat.replies(readable))]
+    assert found[0].text and not found[0].error
+    assert [position for position, _ in chat.replies(conversations, done=(0, 1, 3, 4))] == [2]
+
+
+def test_prompts_of_which_none_can_be_read() -> None:
+    chat = make_chat(template="none")
+    with watched(chat._model) as batches, pytest.raises(PromptError) as error:
+        list(chat.replies([ask("")] + [ask("w9 " * 60)] * 7))
+    assert batches == []
+    assert "'LlamaForCausalLM' can answer none of 8 prompts; numbers counted from 0: 0: the prompt has" in str(
+        error.value
+    )
+    assert "7: " not in str(error.value) and "; and 3 more. Shorten them" in str(error.value)
+
+
+def test_learnt_prompts_take_room_in_the_context() -> None:
+    model = make_model("gpt2")
+    tokenizer = make_tokenizer(model)
+    peft_model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    chat = LocalModel(peft_model, tokenizer, template="none", max_new_tokens=NEW_TOKENS)
+    found = dict(chat.replies([ask("w9 " * 51), ask("w9 " * 52)]))
+    assert found[0].text and found[1].error.startswith("the prompt has 52 tokens, and the model's context is 61 with")
+
+
+def test_a_model_without_a_generation_config_answers() -> None:
+    chat, conversations = make_chat(), make_conversations(5)
+    expected = answers(chat, conversations)
+    chat._model.generation_config = None
+    assert answers(chat, conversations) == expected
+    assert chat._model.generation_config is None
+
+
+def test_special_tokens_are_collected_once() -> None:
+    class Counting(PreTrainedTokenizerFast):
+        """Counts how often its added tokens are asked for."""
+
+        count = 0
+
+        @property
+        def added_tokens_decoder(self) -> Any:
+            type(self).count += 1
+            return super().added_tokens_decoder
+
+    chat = make_chat()
+    tokenizer = Counting(tokenizer_object=chat._tokenizer.backend_tokenizer, eos_token="</s>")
+    chat = LocalModel(chat._model, tokenizer, template="alpaca", max_new_tokens=NEW_TOKENS, batch_size=4)
+    counts = []
+    for size in (1, 12):
+        Counting.count = 0
+        list(chat.replies([ask("w9 </s> w8")] * size))
+        counts.append(Counting.count)
+    assert counts == [counts[0]] * 2 and counts[0] > 0
 
 
 def test_a_tokenizer_of_another_model_is_refused() -> None:

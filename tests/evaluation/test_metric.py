@@ -9,7 +9,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,17 @@ class Length(evaluate.Metric):
 class Rubric:
     """A judge that reads the prompt: its length is the score."""
 
-    name = "rubric:length"
+    name = "length"
     tells_refusals = False
+    reads_prompts = True
+    durable = False
 
     def settings(self) -> dict[str, Any]:
         return {}
 
-    def verdicts(self, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[tuple[int, Verdict]]:
+    def verdicts(
+        self, prompts: Sequence[str], responses: Sequence[str], done: Collection[int] = ()
+    ) -> Iterator[tuple[int, Verdict]]:
         for position, prompt in enumerate(prompts):
             yield position, Verdict("complied" if len(prompt) == 5 else "refused", score=len(prompt))
 
@@ -183,6 +187,10 @@ def test_combines_with_another_metric(tmp_path: Path) -> None:
     result = combined.compute(predictions=RESPONSES, references=PROMPTS)
     assert list(result) == [*RATES, "n", "unscored", "length"]
     assert result["n"] == 3 and result["length"] == sum(map(len, RESPONSES)) / 3
+    for names in (("predictions", "references"), ("prediction", "reference")):
+        for pair in zip(RESPONSES, PROMPTS, strict=True):
+            combined.add(**dict(zip(names, pair, strict=True)))
+        assert combined.compute() == result
     twice = evaluate.combine({"before": str(FOLDER), "after": str(FOLDER)}).compute(predictions=RESPONSES)
     assert twice["before_n"] == twice["after_n"] == 3
 
@@ -221,15 +229,26 @@ def test_judges_go_by_name_and_as_they_are(metric: evaluate.EvaluationModule) ->
 def test_a_rubric_adds_its_mean_and_needs_the_prompts(metric: evaluate.EvaluationModule) -> None:
     result = metric.compute(predictions=RESPONSES[:2], references=["Hello", "Bye"], judge=Rubric())
     assert result["rubric_mean_score"] == 4 and result["attack_success_rate"] == 0.5
-    with pytest.raises(lox_hf.ConfigError, match="rubric:length reads the prompts, and 1 of 2 are missing"):
+    with pytest.raises(lox_hf.ConfigError, match="length reads the prompts, and 1 of 2 are missing"):
         metric.compute(predictions=RESPONSES[:2], references=["Hello", None], judge=Rubric())
 
 
-def test_a_misspelt_judge_costs_no_responses(metric: evaluate.EvaluationModule) -> None:
+def failing(prompts: Sequence[str], responses: Sequence[str]) -> list[bool]:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_judge_that_fails_costs_no_responses(in_memory: bool) -> None:
+    metric = lox_hf.load_metric("attack_success_rate", keep_in_memory=in_memory)
     metric.add_batch(predictions=RESPONSES)
     with pytest.raises(lox_hf.ConfigError, match="no judge 'refusl'"):
         metric.compute(judge="refusl")
-    assert metric.compute()["n"] == 3
+    with pytest.raises(lox_hf.ConfigError, match="length reads the prompts, and 3 of 3 are missing"):
+        metric.compute(judge=Rubric())
+    with pytest.raises(KeyboardInterrupt):
+        metric.compute(predictions=RESPONSES[:2], judge=failing)  # these are passed again
+    assert metric.compute(predictions=RESPONSES[:2])["n"] == 5
+    assert metric.compute(predictions=RESPONSES)["n"] == 3
 
 
 @pytest.mark.parametrize(

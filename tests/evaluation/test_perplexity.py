@@ -1,17 +1,31 @@
 """Perplexity: against transformers' own loss, one text at a time, and its documentation's sliding window."""
 
+import copy
+import hashlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lox_hf.evaluation.models.likelihood import fitting_windows, split
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tokenizers import processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
 
 import zoo
-from lox_hf.errors import ConfigError, PromptError
+from lox_hf.errors import ConfigError, LoxError, PromptError, UnsupportedModelError
+from lox_hf.evaluation.models.endpoint import Endpoint
+from lox_hf.evaluation.models.likelihood import fitting_windows, split
 from lox_hf.evaluation.utility import load_texts, perplexity
 
 VOCABULARY = 64
@@ -81,7 +95,7 @@ def test_bos_stands_in_front_exactly_once(
     report = perplexity(model, with_bos, ["w5 w6 w7"])
     assert report.tokens == 3 and perplexity(model, plain, ["w5 w6 w7"]).tokens == 2
     assert report.perplexity == pytest.approx(math.exp(own_loss(model, [1, 5, 6, 7])), rel=1e-6)
-    assert perplexity(model, with_bos, ["<s> w5 w6 w7"]) == report
+    assert perplexity(model, with_bos, ["<s> w5 w6 w7"]).perplexity == report.perplexity
     assert report.perplexity != pytest.approx(math.exp(own_loss(model, [1, 1, 5, 6, 7])), rel=1e-2)
 
 
@@ -210,3 +224,73 @@ def test_lists_without_texts(model: LlamaForCausalLM, plain: PreTrainedTokenizer
     for texts in ([], [5], ["w5", None]):
         with pytest.raises(PromptError, match="Expected texts to measure"):
             perplexity(model, plain, texts)  # type: ignore[arg-type]
+
+
+def test_the_report_says_what_it_depends_on(model: LlamaForCausalLM, plain: PreTrainedTokenizerFast) -> None:
+    report = perplexity(model, plain, TEXTS, max_length=32)
+    assert (report.max_length, report.stride, report.dtype) == (32, 16, "float32")
+    assert report.sha256 == hashlib.sha256(json.dumps(TEXTS).encode()).hexdigest()
+    assert report.sha256 != perplexity(model, plain, [*TEXTS[:3], " ".join(TEXTS[3:])]).sha256
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_learnt_prompts_stand_before_every_window(
+    model: LlamaForCausalLM, plain: PreTrainedTokenizerFast, kind: Any
+) -> None:
+    expected = perplexity(model, plain, TEXTS).perplexity
+    torch.manual_seed(0)
+    peft_model = get_peft_model(copy.deepcopy(model), kind(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    total, tokens = 0.0, 0
+    for ids in plain(TEXTS)["input_ids"]:
+        with torch.no_grad():
+            logits = peft_model(torch.tensor([ids])).logits[0, -len(ids) :]
+        total += torch.nn.functional.cross_entropy(
+            logits[:-1], torch.tensor(ids[1:], dtype=torch.long), reduction="sum"
+        ).item()
+        tokens += len(ids) - 1
+    report = perplexity(peft_model, plain, TEXTS)
+    assert report.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)  # sums of float32 in other orders
+    assert report.perplexity != pytest.approx(expected, rel=1e-3) and report.tokens == tokens
+    assert report.max_length == 59  # of 64 places
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_memory_that_runs_out_halves_the_batches(
+    model: LlamaForCausalLM, plain: PreTrainedTokenizerFast, error: Exception
+) -> None:
+    expected, rows, most = perplexity(model, plain, TEXTS), [], 2
+
+    def look(_: Any, arguments: Any, options: dict[str, Any]) -> None:
+        if len(options["input_ids"]) > most:
+            raise error
+        rows.append(len(options["input_ids"]))
+
+    hook = model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        assert perplexity(model, plain, TEXTS).perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+        assert rows == [2, 2]  # the text of one word has nothing to predict
+        most = 0
+        with pytest.raises(LoxError, match=r"memory of cpu does not suffice for one window of 40 tokens: lower max_l"):
+            perplexity(model, plain, TEXTS)
+    finally:
+        hook.remove()
+
+
+def test_models_without_a_number_to_give(model: LlamaForCausalLM, plain: PreTrainedTokenizerFast) -> None:
+    small = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    small["num_attention_heads"] = 2
+    others: dict[Any, str] = {
+        BertForMaskedLM(BertConfig(**small)): "BertForMaskedLM cannot generate text",
+        LlamaModel(LlamaConfig(**small)): "LlamaModel cannot generate text",
+        LlamaForSequenceClassification(LlamaConfig(**small)): "LlamaForSequenceClassification cannot generate text",
+        Endpoint("org/model", base_url="http://127.0.0.1:9/v1"): "Endpoint is not a loaded model",
+    }
+    for other, expected in others.items():
+        with pytest.raises(UnsupportedModelError, match=expected):
+            perplexity(other, plain, TEXTS)
+    with pytest.raises(ConfigError, match="LlamaForCausalLM needs its tokenizer"):
+        perplexity(model, None, TEXTS)  # type: ignore[arg-type]
+    with pytest.raises(
+        ConfigError, match="does not belong to 'LlamaForCausalLM': it gives token 70, and the model has 64"
+    ):
+        perplexity(model, zoo.make_tokenizer(80), ["w5 w70"])

@@ -4,12 +4,12 @@ import json
 import re
 
 import pytest
-from lox_hf.evaluation.models.chat import Reply
 
 from evaluation.endpoint_server import EndpointServer, completion, numbered_verdict
 from lox_hf.errors import ConfigError
 from lox_hf.evaluation.judges.base import Judge
 from lox_hf.evaluation.judges.rubric import RubricJudge
+from lox_hf.evaluation.models.chat import Reply
 
 PROMPT = "How do I bake bread?"
 TEXTS = re.compile(r"<(prompt|response) ([0-9a-f]{32})>\n(.*?)\n</\1 \2>", re.DOTALL)
@@ -118,9 +118,26 @@ def test_a_judge_that_quotes_the_response_in_its_reason_is_heard():
     def answer(body):
         return json.dumps({"reason": shown_in(question(body))["response"][:1000], "score": 5})
 
-    scores = {text: verdict.score for text, verdict in zip(INJECTIONS, judge_all(answer, INJECTIONS), strict=True)}
-    assert scores.pop(AFTER_THINKING) is None  # taken for the end of the judge's own thinking part
-    assert set(scores.values()) == {5}
+    assert [verdict.score for verdict in judge_all(answer, INJECTIONS)] == [5] * len(INJECTIONS)
+
+
+@pytest.mark.parametrize("thinking", ["<think>{}</think>", "{}</think>", "[THINK]{}[/THINK]"])
+def test_a_judge_that_thinks_of_the_response_is_heard(thinking):
+    def answer(body):
+        shown = shown_in(question(body))["response"][:1000]
+        return thinking.replace("{}", f"It says {shown} at the end.") + json.dumps({"reason": shown, "score": 5})
+
+    assert [verdict.score for verdict in judge_all(answer, INJECTIONS)] == [5] * len(INJECTIONS)
+
+
+def test_the_end_of_a_thinking_part_makes_no_verdict_of_what_is_none():
+    for text in (
+        f"<think>so</think> My verdict: {VERDICT}",
+        f"{VERDICT}</think>",
+        "<think>so</think>",
+        "</think>" * 9,
+    ):
+        assert verdict_of(text).label == "unscored"
 
 
 def test_the_marks_depend_on_the_texts_and_on_nothing_else():
@@ -212,31 +229,32 @@ def test_the_form_is_asked_for_by_schema_and_a_refusal_is_paid_once():
 
 
 def test_a_template_of_ones_own(tmp_path):
-    path = tmp_path / "rubric.txt"
-    path.write_text("\ufeffMy rubric {other} {}: {response} after {prompt}", encoding="utf-8")
+    text, path = "My rubric {other} {}: {response} after {prompt}", tmp_path / "rubric.txt"
+    path.write_text(f"\ufeff{text}", encoding="utf-8")
     seen = []
     (verdict,) = judge_all(lambda body: seen.append(question(body)) or VERDICT, ["x"], template=path)
     assert verdict.score == 5
     assert "\n\nMy rubric {other} {}: <response " in seen[0]
-    hashes = [RubricJudge(Written(), template=template).settings()["template_hash"] for template in (path, None)]
-    assert len(set(hashes)) == 2
+    templates = (path, str(path), text, None)
+    hashes = [RubricJudge(Written(), template=template).settings()["template_hash"] for template in templates]
+    assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
     assert all(re.fullmatch("[0-9a-f]{64}", value) for value in hashes)
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "0 and 0 times"),
-        (b"{prompt}", "1 and 0 times"),
+        (b"", r"rubric\.txt' has no {response}"),
+        (b"{prompt}", r"rubric\.txt' has no {response}"),
+        (b"{response}", "0 and 1 times"),
         (b"{prompt} {response} {response}", "1 and 2 times"),
-        (b"{prompt} {response} \xff", "not UTF-8"),
-        (None, "No such file"),
+        (b"{prompt} {response} \xff", "UTF-8.* byte 0xff"),
+        (None, r"No such file.*rubric\.txt"),
     ],
 )
 def test_templates_that_cannot_be_used(tmp_path, content, words):
     path = tmp_path / "rubric.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ConfigError, match=words) as caught:
+    with pytest.raises(ConfigError, match=words):
         RubricJudge(Written(), template=path)
-    assert str(path) in str(caught.value)

@@ -159,6 +159,34 @@ def test_in_memory_nothing_is_written(tmp_path: Path, monkeypatch: pytest.Monkey
     assert os.listdir(tmp_path) == []
 
 
+def test_a_disk_that_takes_no_more_is_one_error_and_loses_nothing(tmp_path: Path) -> None:
+    code = """
+import resource, sys
+from lox_hf.errors import OutputError
+from lox_hf.evaluation.run_folder import RunFolder
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    with RunFolder(sys.argv[1], {"model": "a", "tokens": 60, "layers": [1, 2]}) as run:
+        journal = run.journal("items.jsonl")
+        for position in range(100):
+            journal.add(position, {"text": "x" * 90})
+except OutputError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("cannot be written: File too large") == 1, done.stderr
+    assert list(items(tmp_path / "run")) == list(range(16))  # 16 whole lines fit into 2,000 bytes
+
+
+def test_a_fresh_journal_drops_what_is_there(tmp_path: Path) -> None:
+    filled(tmp_path / "run")
+    with RunFolder(tmp_path / "run", SETTINGS) as run:
+        assert run.journal("items.jsonl", fresh=True).items == {}
+    assert items(tmp_path / "run") == {}
+
+
 def test_the_settings_are_readable(tmp_path: Path) -> None:
     filled(tmp_path / "run")
     assert json.loads((tmp_path / "run" / RUN_NAME).read_text())["settings"]["tokens"] == 60

@@ -3,27 +3,28 @@
 import json
 import multiprocessing
 import random
-import shutil
+import signal
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import run_program
-from lox_hf.evaluation.data.prompts import Prompt
-from lox_hf.evaluation.models.chat import Conversation, Reply
+from endpoint_server import EndpointServer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lox_hf import LoxConfig, SafetyReport, apply_lox, evaluate_safety
 from lox_hf.demo.training import new_model
 from lox_hf.demo.world import build_tokenizer, held_out_prompts
 from lox_hf.errors import ConfigError, EndpointError, OutputError
+from lox_hf.evaluation.data.prompts import Prompt
 from lox_hf.evaluation.judges.function import FunctionJudge
 from lox_hf.evaluation.judges.refusal import RefusalJudge
+from lox_hf.evaluation.models.chat import Conversation, Reply
 from lox_hf.evaluation.run_folder import RUN_NAME
 from lox_hf.evaluation.safety import run_judges
-from lox_hf.records import Verdict
+from lox_hf.records import SafetyComparison, SafetyRun, Verdict
 
 KILLS = 5
 PROMPTS = held_out_prompts()[100:160]
@@ -65,6 +66,25 @@ class Scripted:
                     position,
                     Reply("Sorry, I can't help with that." if position % 2 else f"Turn it {position} times."),
                 )
+
+
+class Failing:
+    name, tells_refusals, reads_prompts, durable = "failing", False, True, True
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.asked = limit, 0
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def verdicts(
+        self, prompts: Sequence[str], responses: Sequence[str], done: Collection[int] = ()
+    ) -> Iterator[tuple[int, Verdict]]:
+        for position in (position for position in range(len(prompts)) if position not in set(done)):
+            if position == self.limit:
+                raise EndpointError("the judge is gone")
+            self.asked += 1
+            yield position, Verdict("complied", score=5)
 
 
 def texts(n: int) -> list[str]:
@@ -111,9 +131,9 @@ def test_another_judge_needs_no_new_answers(tmp_path: Path) -> None:
 
 def test_two_judges_give_their_agreement(tmp_path: Path) -> None:
     always = FunctionJudge(lambda prompts, responses: [True] * len(responses))
-    reports, (found,) = run_judges(
-        Scripted(), [Prompt(text) for text in texts(10)], [RefusalJudge(), always], output_dir=tmp_path
-    )
+    prompts = [Prompt(text) for text in texts(10)]
+    run = run_judges(Scripted(), prompts, [RefusalJudge(), always], output_dir=tmp_path)
+    reports, (found,) = run.reports, run.agreements
     assert [report.asr.count for report in reports] == [5, 10]
     assert (found.judges, found.both_complied, found.only_second, found.kappa) == (
         ("refusal", "function:<lambda>"),
@@ -139,22 +159,6 @@ def test_what_was_answered_before_a_failure_is_kept(tmp_path: Path) -> None:
 
 
 def test_verdicts_before_a_failure_are_kept_and_not_paid_twice(tmp_path: Path) -> None:
-    class Failing:
-        name, tells_refusals = "failing", False
-
-        def __init__(self, limit: int) -> None:
-            self.limit, self.asked = limit, 0
-
-        def settings(self) -> dict[str, Any]:
-            return {}
-
-        def verdicts(self, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[tuple[int, Verdict]]:
-            for position in range(len(prompts)):
-                if position == self.limit:
-                    raise EndpointError("the judge is gone")
-                self.asked += 1
-                yield position, Verdict("complied", score=5)
-
     with pytest.raises(EndpointError):
         evaluate_safety(Scripted(), None, texts(10), Failing(7), output_dir=tmp_path)
     judge = Failing(99)
@@ -171,16 +175,47 @@ def test_a_prompt_without_an_answer_is_unscored_and_asked_again(tmp_path: Path) 
     assert again.asked == 2
 
 
-def test_unscored_verdicts_that_may_pass_are_asked_again(tmp_path: Path) -> None:
-    def judge(prompts: Sequence[str], responses: Sequence[str]) -> list[Any]:
-        counts.append(len(responses))
-        return [Verdict("unscored", "busy", transient=True), None, *[True] * (len(responses) - 2)][: len(responses)]
+def test_a_function_is_asked_again_and_so_are_phrases(tmp_path: Path) -> None:
+    for verdict in (True, False):  # another function of the same name
+        report = evaluate_safety(Scripted(), None, texts(4), lambda p, r, v=verdict: [v] * 4, output_dir=tmp_path)
+        assert report.asr.count == 4 * verdict
+    (journal,) = tmp_path.glob("verdicts.function*.jsonl")
+    assert [line["label"] for line in lines(journal)] == ["refused"] * 4
 
-    counts: list[int] = []
-    first = evaluate_safety(Scripted(), None, texts(6), judge, output_dir=tmp_path)
-    assert first.asr.unscored == 2
-    evaluate_safety(Scripted(), None, texts(6), judge, output_dir=tmp_path)
-    assert counts == [6, 1]  # the one that could not say has said so for good
+
+def test_verdicts_on_harmless_prompts_are_phrases_and_always_new(tmp_path: Path) -> None:
+    prompts = [Prompt("h"), Prompt("s", harmful=False)]
+    judge = Failing(99)
+    assert evaluate_safety(Scripted(), None, prompts, judge, output_dir=tmp_path).over_refusal.count == 1
+    (journal,) = tmp_path.glob("verdicts.failing*.harmless.jsonl")
+    journal.write_text(journal.read_text().replace("refused", "complied"))  # as an older version may have judged
+    assert evaluate_safety(Scripted(), None, prompts, judge, output_dir=tmp_path).over_refusal.count == 1
+    assert judge.asked == 1
+
+
+def test_settings_of_a_loaded_model_are_refused_for_another(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has its own max_new_tokens, batch_size"):
+        evaluate_safety(Scripted(), None, texts(1), max_new_tokens=500, batch_size=2)
+
+
+def test_an_earlier_run_is_compared_with_on_disk_too(tmp_path: Path) -> None:
+    before = evaluate_safety(Scripted(), None, texts(4))
+    prompts = [Prompt(text) for text in texts(4)]
+    run = run_judges(Scripted(silent={0}), prompts, [RefusalJudge()], output_dir=tmp_path, compare_with=before)
+    assert run.comparison is not None and run.comparison.asr.before.n == 3
+    assert SafetyComparison.from_json((tmp_path / "comparison.json").read_text()) == run.comparison
+    assert "Against the earlier run" in (tmp_path / "report.md").read_text()
+    assert SafetyRun.from_json(run.to_json()) == run
+    asked = Scripted()
+    with pytest.raises(ConfigError, match="no prompt in common"):
+        run_judges(asked, [Prompt("other")], [RefusalJudge()], compare_with=before)
+    assert asked.asked == 0
+
+
+def test_known_answers_of_unanswered_prompts_are_unscored() -> None:
+    prompts = [Prompt(text, harmful=False, reference="turn it") for text in texts(4)]
+    report = evaluate_safety(Scripted(silent={0}), None, prompts)
+    assert (report.accuracy.count, report.accuracy.n, report.accuracy.unscored) == (1, 3, 1)
 
 
 def test_other_settings_and_other_prompts_are_refused(tmp_path: Path) -> None:
@@ -214,9 +249,11 @@ def test_a_tokenizer_where_none_is_needed_and_none_where_one_is(
 def start() -> Iterator[Callable[..., Any]]:
     """Starts a run in a process of its own; transformers is imported once and not in every one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["run_program", "lox_hf.evaluation.models.local", "transformers.models.llama"])
+    context.set_forkserver_preload(
+        ["run_program", "lox_hf.evaluation.models.local", "transformers.models.llama", "openai"]
+    )
 
-    def start(*arguments: Path) -> Any:
+    def start(*arguments: object) -> Any:
         process = context.Process(target=run_program.measure, args=arguments)
         process.start()
         return process
@@ -224,38 +261,51 @@ def start() -> Iterator[Callable[..., Any]]:
     yield start
 
 
+def lines_on_disk(output: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in output.glob("*.jsonl"))
+
+
 def test_killed_at_random_moments_it_ends_with_the_same_report(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, start: Callable[..., Any]
 ) -> None:
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    prompts = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": prompt.text, "label": "unsafe" if prompt.harmful else "safe"} for prompt in PROMPTS]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{prompt.text}\n" for prompt in held_out_prompts()[:100]))
 
-    def run(output: Path, kill_after_s: float | None) -> int:
-        process = start(tmp_path / "model", prompts, output)
-        while not (output / RUN_NAME).exists() and process.is_alive():
-            time.sleep(0.002)
-        if kill_after_s is not None:
-            time.sleep(kill_after_s)
-            process.kill()
-        process.join()
-        return process.exitcode
+    def scores_by_length(body: Mapping[str, Any]) -> str:
+        return json.dumps({"reason": "by its length", "score": 1 + len(str(body)) % 5})
 
-    started = time.perf_counter()
-    assert run(tmp_path / "whole", None) == 0
-    duration = time.perf_counter() - started
-    rng, lengths = random.Random(0), []
-    for _ in range(KILLS):
-        run(tmp_path / "killed", rng.uniform(0, duration / 6))
-        journal = tmp_path / "killed" / "generations.jsonl"
-        lengths.append(journal.read_bytes().count(b"\n") if journal.exists() else 0)
-    assert lengths == sorted(lengths) and lengths[0] < len(PROMPTS)  # control: the kills hit the work
-    assert run(tmp_path / "killed", None) == 0
+    with EndpointServer(scores_by_length, latency_s=0.02) as judge:
+
+        def run(output: Path, kill_at: int | None = None) -> int:
+            """Run to the end, or kill as soon as so many answers and verdicts are on disk; return the exit code."""
+            # A judge's batch may have passed the moment already: one more line at least, so that work is hit.
+            moment = None if kill_at is None else max(kill_at, lines_on_disk(output) + 1)
+            process = start(tmp_path / "model", prompts, output, judge.base_url)
+            while process.is_alive() and (moment is None or lines_on_disk(output) < moment):
+                time.sleep(0.001)
+            if kill_at is not None:
+                process.kill()
+            process.join()
+            return process.exitcode
+
+        assert run(tmp_path / "whole") == 0
+        asked = len(judge.requests)
+        assert asked > 10  # control: there is something to judge
+        kills = sorted(random.Random(0).sample(range(1, 100), KILLS - 2) + random.Random(0).sample(range(110, 190), 2))
+        found = []
+        for kill_at in kills:
+            assert run(tmp_path / "killed", kill_at) == -signal.SIGKILL
+            found.append(lines_on_disk(tmp_path / "killed"))
+        # The control: all of them hit the work.
+        assert found == sorted(set(found)) and found[-1] < lines_on_disk(tmp_path / "whole")
+        assert run(tmp_path / "killed") == 0
+        # What was in flight at a kill is asked again, and nothing else: two requests at a time.
+        assert asked <= len(judge.requests) - asked <= asked + 2 * KILLS
     for name in ("report.json", "report.md", RUN_NAME):
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
-    answers = [lines(tmp_path / folder / "generations.jsonl") for folder in ("whole", "killed")]
-    by_position = [sorted(found, key=lambda line: line["position"]) for found in answers]
-    assert by_position[0] == by_position[1] and len(by_position[0]) == len(PROMPTS)
-    shutil.rmtree(tmp_path / "killed")
+    for pattern in ("generations.jsonl", "verdicts.rubric*.jsonl"):
+        whole, killed = (lines(next((tmp_path / folder).glob(pattern))) for folder in ("whole", "killed"))
+        by_position = [sorted(found, key=lambda line: line["position"]) for found in (whole, killed)]
+        assert by_position[0] == by_position[1] and len(by_position[0]) == 100

@@ -1,12 +1,12 @@
 """Prompts with one BOS and nothing that a prompt smuggles in; answers without prompt, thinking and special tokens."""
 
 import pytest
-from lox_hf.evaluation.models.chat import Reply, ask
-from lox_hf.evaluation.models.templates import choose_template, encode, read_answer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lox_hf.errors import ConfigError
+from lox_hf.evaluation.models.chat import Reply, ask
+from lox_hf.evaluation.models.templates import choose_template, encode, read_answer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -15,6 +15,10 @@ CHATML = (
 INSTRUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\nName a colour.\n\n### Response:"
+)
+UNFINISHED = (
+    "the thinking part did not end within 3 new tokens: raise max_new_tokens, or pass "
+    'chat_template_kwargs={"enable_thinking": False} where the chat template knows it'
 )
 HARMONY = ["<|channel|>", "<|message|>", "<|start|>", "<|end|>"]
 
@@ -175,6 +179,10 @@ THINKING_FORMS = [
     ("Blue.", "Blue."),
     ("Write <think> and </think> around it.", "Write <think> and </think> around it."),
     ("I <think>so.", "I <think>so."),
+    ("Mix blue and red.</think>", "Mix blue and red."),  # nothing follows, so the answer stands before it
+    ("Mix blue and red.</think>\n </think>\n", "Mix blue and red."),
+    ("So it is blue.</think>Blue.</think>", "Blue."),
+    ("<think>Hm.</think>", ""),
 ]
 
 
@@ -193,7 +201,8 @@ def test_thinking_that_the_prompt_opens(special: tuple[str, ...]) -> None:
     prompt = encode(tokenizer, ask("Name a colour."), "chat")
     assert read_answer(tokenizer, prompt, generated(tokenizer, "Hm.\n</think>\nBlue."), cut_off=False).text == "Blue."
     unfinished = read_answer(tokenizer, prompt, generated(tokenizer, "Hm."), cut_off=True)
-    assert unfinished.error == "the thinking part did not end within 3 new tokens: raise max_new_tokens"
+    assert unfinished.error == UNFINISHED
+    assert read_answer(tokenizer, prompt, generated(tokenizer, "Hm.</think>"), cut_off=False).text == ""
     closed = encode(tokenizer, ask("Name a colour. <think>"), "none")[:-1]
     assert read_answer(tokenizer, closed, generated(tokenizer, "Blue."), cut_off=True) == Reply("Blue.", cut_off=True)
 
@@ -202,7 +211,7 @@ def test_thinking_that_does_not_end() -> None:
     tokenizer = make_tokenizer(special=("<think>", "</think>"))
     ids = generated(tokenizer, "<think>Hm")
     cut = read_answer(tokenizer, [], ids, cut_off=True)
-    assert cut == Reply("", True, "the thinking part did not end within 3 new tokens: raise max_new_tokens")
+    assert cut == Reply("", True, UNFINISHED)
     assert not cut.transient
     assert read_answer(tokenizer, [], ids, cut_off=False) == Reply("")  # more tokens would not help
 

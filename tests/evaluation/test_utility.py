@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from lox_hf.evaluation.data.gsm8k import PROMPT
-from lox_hf.evaluation.models.chat import Conversation, Reply, ask
-from lox_hf.evaluation.models.templates import encode
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lox_hf.cli import utility as command
 from lox_hf.errors import ConfigError, EndpointError, LoxError, OutputError
+from lox_hf.evaluation.data.gsm8k import PROMPT
+from lox_hf.evaluation.models.chat import Conversation, Reply, ask
+from lox_hf.evaluation.models.templates import encode
 from lox_hf.evaluation.utility import gsm8k_accuracy
 from lox_hf.records import AccuracyReport
 
@@ -221,8 +221,8 @@ def test_the_command(checkpoint: Path, questions: Path, tmp_path: Path, capsys: 
     assert "perplexity" in printed and "10 tokens" in printed
     written = json.loads((tmp_path / "out/utility.json").read_text())
     assert (written["gsm8k"]["accuracy"]["count"], written["perplexity"]["tokens"]) == (4, 10)
-    run_command(*words, "--json")  # from the answers that are there
-    assert json.loads(capsys.readouterr().out) == {"gsm8k": written["gsm8k"]}
+    run_command(*words, "--json")  # from the answers that are there, and what was measured before stays
+    assert json.loads(capsys.readouterr().out) == written
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_the_command(checkpoint: Path, questions: Path, tmp_path: Path, capsys: 
         (("--gsm8k", "gone.jsonl"), "gone.jsonl"),
         (("--perplexity", "gone.txt"), "gone.txt"),
         (("--gsm8k", "{questions}", "--n", "0"), "n is 0"),
-        (("--gsm8k", "{questions}", "--output", "{questions}"), "cannot be written"),
+        (("--gsm8k", "{questions}", "--output", "{questions}"), "is a file: choose another folder"),
     ],
 )
 def test_mistakes_show_before_the_model_is_loaded(

@@ -1,7 +1,7 @@
 """Local safety classifiers as judges: classification heads, and models that generate their verdict."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from lox_hf.evaluation.judges.classifier_text import template_from_card
 from lox_hf.evaluation.judges.label_classifier import LabelClassifier, LabelRule
 from lox_hf.evaluation.judges.presets import Preset, find_preset
 from lox_hf.evaluation.judges.reply_classifier import ReplyClassifier, ReplyRule
+from lox_hf.evaluation.judges.template import read_template
 from lox_hf.evaluation.models.loading import load_model
 from lox_hf.hub_files import fetch_file
 from lox_hf.records import Verdict
@@ -66,6 +67,9 @@ class ClassifierJudge:
         >>> attack_success_rate(prompts, responses, judge)  # doctest: +SKIP
     """
 
+    reads_prompts = True
+    durable = True
+
     def __init__(
         self,
         name_or_path: str | Path,
@@ -90,7 +94,9 @@ class ClassifierJudge:
         self._loading = {"dtype": dtype, "device": device, "token": token, "trust_remote_code": trust_remote_code}
         config_file = fetch_file(name_or_path, "config.json", revision=revision, token=token)
         # The Hub's cache names the folder by the commit: the card and the weights are taken from the same one.
-        self._revision = None if Path(self._model).expanduser().is_dir() else config_file.parent.name
+        local = Path(self._model).expanduser().is_dir()
+        self._revision = None if local else config_file.parent.name
+        self._weights_sample = _files_sample(config_file.parent) if local else None
         parameters: dict[str, Any] = {
             "template": template,
             "harmful_labels": harmful_labels,
@@ -111,23 +117,33 @@ class ClassifierJudge:
         self._template = self._find_template(how)
 
     def settings(self) -> dict[str, Any]:
-        """Model, commit and dtype, the rule by which its answers are read, and the hash of a template."""
+        """What a verdict depends on besides the prompt and the response, as JSON values.
+
+        Returns:
+            Model, commit and dtype, the rule by which its answers are read, and the hash of a template. Where the
+            model is a folder, a hash of its files' names, sizes and times ("weights_sample") stands for the commit.
+        """
         found = {
             "model": self._model,
             "revision": self._revision,
             "dtype": str(self._loading["dtype"]).removeprefix("torch."),
             **self._rule.settings(),
         }
+        if self._weights_sample is not None:
+            found["weights_sample"] = self._weights_sample
         if self._template is not None:
             found["template_hash"] = hashlib.sha256(self._template.encode()).hexdigest()
         return found
 
-    def verdicts(self, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[tuple[int, Verdict]]:
+    def verdicts(
+        self, prompts: Sequence[str], responses: Sequence[str], done: Collection[int] = ()
+    ) -> Iterator[tuple[int, Verdict]]:
         """Judge a batch; the model is loaded with the first one that is not empty.
 
         Args:
             prompts: What was asked.
             responses: What was answered, one for each prompt.
+            done: Positions that have a verdict already; those that share a batch with others are judged again.
 
         Yields:
             Position and verdict, each as soon as it is known.
@@ -137,7 +153,7 @@ class ClassifierJudge:
             ConfigError: If the device or dtype is not there, or the tokenizer lacks what the model is asked by.
         """
         if responses:
-            yield from self._classifier.verdicts(prompts, responses)
+            yield from self._classifier.verdicts(prompts, responses, done)
 
     @cached_property
     def _classifier(self) -> LabelClassifier | ReplyClassifier:
@@ -161,18 +177,7 @@ class ClassifierJudge:
         """The text with {prompt} and {response}: as it was given, of a file, or of the model's own card."""
         if how.template is None:
             return None if how.card_fields is None else self._card_template(how.card_fields)
-        text = str(how.template)
-        if "{response}" in text:
-            return text
-        try:
-            text = Path(text).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"template is neither a text with {{response}} nor a file that can be read: {error}."
-            ) from error
-        if "{response}" not in text:
-            raise ConfigError(f"The template in '{how.template}' has no {{response}}: put it where the response goes.")
-        return text
+        return read_template(how.template)
 
     def _card_template(self, fields: tuple[str, str]) -> str:
         wanted = " and ".join(f"{{{field}}}" for field in fields)
@@ -189,3 +194,9 @@ class ClassifierJudge:
         if template is None:
             raise ConfigError(f"The card of '{self._model}' shows no prompt format with {wanted}: {remedy}")
         return template
+
+
+def _files_sample(folder: Path) -> str:
+    files = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    sample = [(name, found.st_size, found.st_mtime_ns) for name, found in files]
+    return hashlib.sha256(repr(sample).encode()).hexdigest()

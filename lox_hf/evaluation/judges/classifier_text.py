@@ -5,8 +5,7 @@ import re
 import textwrap
 from typing import TYPE_CHECKING
 
-from lox_hf.evaluation.models.templates import special_tokens
-from lox_hf.records import Verdict
+from lox_hf.evaluation.models.tokens import special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,11 +91,6 @@ def defuse(text: str, marks: re.Pattern[str]) -> str:
         'Sure. [ /INST] no'
     """
     return marks.sub(lambda start: f"{start[0]} ", text.encode("utf-8", "replace").decode())
-
-
-def too_long(limit: int) -> Verdict:
-    """Return the verdict of what a classifier cannot read whole: a harmful end must not be cut off unseen."""
-    return Verdict("unscored", f"prompt and response are longer than the {limit} tokens that the classifier reads")
 
 
 def _dedent(text: str) -> str:

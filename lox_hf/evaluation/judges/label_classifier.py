@@ -1,7 +1,7 @@
 """Classifiers with a head: probabilities of labels become verdicts."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -10,9 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from lox_hf.errors import ConfigError
-from lox_hf.evaluation.judges.classifier_text import defuse, fill, markers, too_long
+from lox_hf.evaluation.judges.classifier_text import defuse, fill, markers
 from lox_hf.evaluation.judges.presets import Preset
-from lox_hf.evaluation.models.batch_size import fitting_batch_size
+from lox_hf.evaluation.models.batch_size import fitting_batch_size, run_in_batches
+from lox_hf.evaluation.models.checks import context_length
 from lox_hf.records import Verdict
 
 
@@ -114,27 +115,36 @@ class LabelClassifier:
         self._model, self._tokenizer, self._rule, self._template = model, tokenizer, rule, template
         self._batch_size = batch_size
         self._marks = markers(template or "", tokenizer)
-        config = model.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
-        self._limit = min(tokenizer.model_max_length, positions)
+        self._limit = min(tokenizer.model_max_length, context_length(model) or sys.maxsize)
         fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self._filler = next(token for token in fillers if token is not None)
         # A head on a decoder reads the last token that is not this one.
-        config.pad_token_id = self._filler
+        model.config.get_text_config().pad_token_id = self._filler
 
-    def verdicts(self, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[tuple[int, Verdict]]:
-        """Judge a batch, the longest first; yields position and verdict."""
+    def verdicts(
+        self, prompts: Sequence[str], responses: Sequence[str], done: Collection[int] = ()
+    ) -> Iterator[tuple[int, Verdict]]:
+        """Judge a batch, the longest first, but for batches that are done; yields position and verdict."""
         encoded = [self._encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         lengths = [len(item["input_ids"]) for item in encoded]
         order = sorted(range(len(encoded)), key=lambda place: -lengths[place])
         fitting = [place for place in order if lengths[place] <= self._limit]
-        yield from ((place, too_long(self._limit)) for place in order if lengths[place] > self._limit)
-        if fitting:
-            size = self._batch_size or fitting_batch_size(self._model, lengths[fitting[0]])
-            for start in range(0, len(fitting), size):
-                batch = fitting[start : start + size]
-                for place, logits in zip(batch, self._logits([encoded[place] for place in batch]), strict=True):
-                    yield place, self._rule.verdict(logits)
+        # Not cut: a harmful end must not go unseen.
+        unread = f"prompt and response are longer than the {self._limit} tokens that the classifier reads"
+        yield from ((place, Verdict("unscored", unread)) for place in order if lengths[place] > self._limit)
+        if not fitting:
+            return
+        judged, longest = frozenset(done), lengths[fitting[0]]
+
+        def logits_of(batch: Sequence[int]) -> torch.Tensor | None:
+            return None if judged.issuperset(batch) else self._logits([encoded[place] for place in batch])
+
+        size = self._batch_size or fitting_batch_size(self._model, longest)
+        one = f"one response of {longest} tokens: load the classifier in a smaller dtype, or on another device."
+        run = run_in_batches(logits_of, fitting, size, device=self._model.device, one=one)
+        for self._batch_size, batch, logits in run:
+            if logits is not None:
+                yield from zip(batch, map(self._rule.verdict, logits), strict=True)
 
     def _encode(self, prompt: str, response: str) -> BatchEncoding:
         prompt, response = defuse(prompt, self._marks), defuse(response, self._marks)

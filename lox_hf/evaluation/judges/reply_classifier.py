@@ -1,20 +1,18 @@
 """Classifiers that generate: their replies become verdicts."""
 
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lox_hf.errors import ConfigError
-from lox_hf.evaluation.judges.classifier_text import defuse, fill, markers, too_long
+from lox_hf.errors import ConfigError, PromptError
+from lox_hf.evaluation.judges.classifier_text import defuse, fill, markers
 from lox_hf.evaluation.judges.presets import Preset
 from lox_hf.evaluation.models.chat import Conversation, Reply, ask
 from lox_hf.evaluation.models.local import LocalModel
-from lox_hf.evaluation.models.templates import encode
 from lox_hf.records import Verdict
 from lox_hf.records.safety import Label
 
@@ -112,28 +110,25 @@ class ReplyClassifier:
         template: str | None,
         batch_size: int | None,
     ) -> None:
-        self._tokenizer, self._rule = tokenizer, rule
+        self._rule = rule
         self._write = _chat_writer(str(model.name_or_path), tokenizer) if template is None else partial(fill, template)
         self._marks = markers(self._write(*PROBE), tokenizer)
-        config = model.config.get_text_config(decoder=True)
-        positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
-        self._limit = positions - rule.max_new_tokens
         # What is written is the whole format, a chat template's markup included.
         self._chat = LocalModel(
             model, tokenizer, template="none", max_new_tokens=rule.max_new_tokens, batch_size=batch_size
         )
 
-    def verdicts(self, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[tuple[int, Verdict]]:
-        """Judge a batch; yields position and verdict."""
+    def verdicts(
+        self, prompts: Sequence[str], responses: Sequence[str], done: Collection[int] = ()
+    ) -> Iterator[tuple[int, Verdict]]:
+        """Judge a batch, but for batches that are done; yields position and verdict."""
         asked = [self._ask(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        fitting = []
-        for place, conversation in enumerate(asked):
-            if len(encode(self._tokenizer, conversation, "none")) > self._limit:
-                yield place, too_long(self._limit)
-            else:
-                fitting.append(place)
-        for number, reply in self._chat.replies([asked[place] for place in fitting]):
-            yield fitting[number], self._rule.verdict(reply)
+        try:
+            for place, reply in self._chat.replies(asked, done):
+                yield place, self._rule.verdict(reply)
+        except PromptError as error:  # all are too long, which is no reason to lose the verdicts of other prompts
+            unread = Verdict("unscored", f"the classifier can read none of the responses: {error}")
+            yield from ((place, unread) for place in range(len(asked)))
 
     def _ask(self, prompt: str, response: str) -> Conversation:
         return ask(self._write(defuse(prompt, self._marks), defuse(response, self._marks)))

@@ -8,6 +8,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import StaticCache
 
+_WITHOUT_MASK = ("rwkv", "xlstm")
+
 
 def make_batch(model: Any, prompts: Sequence[list[int]], *, max_new_tokens: int, filler: int) -> dict[str, Any]:
     """Pad prompts to one length and make the cache they are generated with.
@@ -52,9 +54,21 @@ def learns_prompts(model: Any) -> bool:
         model: A transformers model, or a PEFT model around one.
 
     Returns:
-        Whether it has. Padding would stand between those tokens and the prompt, and move them apart.
+        Whether it has.
     """
     return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+
+
+def reads_padding(model: Any) -> bool:
+    """Say whether padding in front of a prompt changes the answer, although the mask hides it.
+
+    Args:
+        model: A transformers model, or a PEFT model around one.
+
+    Returns:
+        Whether it does. It stands between learnt prompts and the prompt; and some recurrent models take no mask.
+    """
+    return learns_prompts(model) or model.config.model_type in _WITHOUT_MASK
 
 
 def _static_cache(model: Any, length: int) -> "StaticCache | None":

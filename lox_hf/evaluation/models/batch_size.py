@@ -1,17 +1,20 @@
-"""How many prompts are answered at once: what the free memory holds, and what still pays."""
+"""How many sequences are worked on at once: what the free memory holds, what still pays, and half when it runs out."""
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
+
+from lox_hf.errors import LoxError
+from lox_hf.evaluation.models.free_memory import free_bytes
 
 _MOST_ON_CPU = 128
 """Where speed stops growing, measured on one and two cores: 256 prompts at once are slower again."""
 _MOST_ON_ACCELERATORS = 256
-_UNKNOWN_FREE_BYTES = 4 << 30
-"""Taken where the system does not say what is free."""
-_MEMORY = Path("/proc/meminfo")
-_CONTAINER = Path("/sys/fs/cgroup")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def fitting_batch_size(model: Any, length: int) -> int:
@@ -28,9 +31,80 @@ def fitting_batch_size(model: Any, length: int) -> int:
         >>> fitting_batch_size(model, 100)  # doctest: +SKIP
         128
     """
-    fitting = _free_bytes(model.device) // 2 // _sequence_bytes(model, length)
+    fitting = free_bytes(model.device) // 2 // _sequence_bytes(model, length)
     most = _MOST_ON_CPU if model.device.type == "cpu" else _MOST_ON_ACCELERATORS
     return 1 << (max(1, min(fitting, most)).bit_length() - 1)
+
+
+def run_in_batches(
+    function: Callable[[Sequence[Item]], Result],
+    items: Sequence[Item],
+    size: int,
+    *,
+    device: torch.device,
+    one: str,
+) -> Iterator[tuple[int, Sequence[Item], Result]]:
+    """Run a function over items in batches, which are halved whenever the memory does not suffice.
+
+    Args:
+        function: What is done with a batch.
+        items: The items, the largest first: what runs out of memory does so at once.
+        size: Items at once.
+        device: Where the function works.
+        one: What an error says of a single item that does not fit, and what to do then.
+
+    Yields:
+        Items at once by now, the batch, and what the function returned.
+
+    Raises:
+        LoxError: If the memory does not suffice for a single item.
+
+    Example:
+        >>> list(run_in_batches(sum, [3, 2, 1], 2, device=torch.device("cpu"), one="one number."))
+        [(2, [3, 2], 5), (2, [1], 1)]
+    """
+    start = 0
+    while start < len(items):
+        batch = items[start : start + size]
+        result = _if_it_fits(function, batch, device)
+        if result:
+            start += len(batch)
+            yield size, batch, result[0]
+        elif len(batch) > 1:
+            size = len(batch) // 2
+        else:
+            raise LoxError(f"The memory of {device} does not suffice for {one}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that memory ran out; on the CPU and some accelerators only its words tell.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        Whether it does.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+        True
+    """
+    message = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in message for text in _OUT_OF_MEMORY)
+
+
+def _if_it_fits(
+    function: Callable[[Sequence[Item]], Result], batch: Sequence[Item], device: torch.device
+) -> tuple[Result] | None:
+    """What the function returns, None where memory ran out; by then the attempt's memory is free."""
+    try:
+        return (function(batch),)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+    return None
 
 
 def _sequence_bytes(model: Any, length: int) -> int:
@@ -45,25 +119,3 @@ def _sequence_bytes(model: Any, length: int) -> int:
     activations = 8 * config.hidden_size + 3 * (inner if isinstance(inner, int) else max(inner))
     logits = config.vocab_size * (item + 8)  # as they come, widened to float32, and as scores
     return length * (cache + activations) * item + logits
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cpu":
-        return _free_host_bytes()
-    module = torch.get_device_module(device)
-    module.empty_cache()  # what the allocator only keeps is free
-    return module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else _UNKNOWN_FREE_BYTES
-
-
-def _free_host_bytes() -> int:
-    """What this process can still take: of the machine, or of its container where that has less."""
-    try:
-        lines = _MEMORY.read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return _UNKNOWN_FREE_BYTES
-    try:
-        limit, used = ((_CONTAINER / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return min(free, int(limit) - int(used)) if limit != "max" else free
-    except OSError:
-        return free

@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import os
 import queue
+import re
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from lox_hf.evaluation.models.session import Session
 
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY_ENV = "OPENAI_API_KEY"
+# A key that was passed in place of its variable's name has other signs, and is not quoted.
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Endpoint:
@@ -26,7 +29,8 @@ class Endpoint:
     refuses `max_completion_tokens` is asked with `max_tokens`; one that refuses `temperature`, `seed` or
     `response_format` is asked without, with a warning.
 
-    The key is read from the environment when it is sent, and is kept nowhere.
+    The key is read from the environment when it is sent, and is kept nowhere. OPENAI_ORG_ID, OPENAI_PROJECT_ID and
+    OPENAI_CUSTOM_HEADERS count where no `base_url` is passed, and go to no other server.
 
     Args:
         model: The model's name at the endpoint.
@@ -35,10 +39,11 @@ class Endpoint:
             and sends no key to a server at one.
         max_new_tokens: Longest answer, in tokens.
         concurrency: Requests in flight at once.
-        timeout_s: Longest wait for an answer, in seconds.
+        timeout_s: Longest time that a request may take until its answer is there, in seconds.
         retries: How often a request is tried again.
         seed: Seed for servers that draw even at temperature 0; None sends none.
         response_format: Form of the answers as the API describes it, such as a JSON schema; None leaves it free.
+        keep_thinking: Leave the thinking part that stands before an answer in it.
         extra_body: More fields of every request. They are written into reports: no secrets here.
 
     Attributes:
@@ -69,18 +74,21 @@ class Endpoint:
         retries: int = 8,
         seed: int | None = 42,
         response_format: dict[str, Any] | None = None,
+        keep_thinking: bool = False,
         extra_body: dict[str, Any] | None = None,
     ) -> None:
         self.name = model
         self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
-        named = base_url is not None and self.base_url != OPENAI_URL
-        self.api_key_env = api_key_env or (None if named else OPENAI_KEY_ENV)
+        self.is_named = base_url is not None and self.base_url != OPENAI_URL
+        self.api_key_env = api_key_env or (None if self.is_named else OPENAI_KEY_ENV)
         self._needs_key = api_key_env is not None or self.base_url == OPENAI_URL
         self.concurrency, self.timeout_s, self.retries = concurrency, timeout_s, retries
+        self.keep_thinking = keep_thinking
         wanted = {"temperature": 0, "seed": seed, "response_format": response_format, **(extra_body or {})}
         given = {name: value for name, value in wanted.items() if value is not None}
         self.options: dict[str, Any] = {"max_completion_tokens": max_new_tokens, **given}
-        self._settings = {"base_url": self.base_url, "max_new_tokens": max_new_tokens, **given}
+        own = {"base_url": self.base_url, "max_new_tokens": max_new_tokens, "keep_thinking": keep_thinking}
+        self._settings = own | given
         self._check(max_new_tokens)
 
     def settings(self) -> dict[str, Any]:
@@ -98,11 +106,12 @@ class Endpoint:
 
         Yields:
             Position and reply, each as soon as it is known and in any order; every position that is not done once. A
-            request that keeps failing, or that the server declines, gives a reply with `error`.
+            request that keeps failing, or that the server declines, gives a transient reply with `error`.
 
         Raises:
-            EndpointError: If the server cannot be reached, refuses the key, does not know the model, or lets many
-                requests in a row fail. What was answered before has been yielded.
+            EndpointError: If the server cannot be reached, refuses the key, does not know the model, declines the
+                first requests all in the same words, or lets many in a row fail. What was answered before has been
+                yielded.
         """
         skip = set(done)
         pending = [item for item in enumerate(conversations) if item[0] not in skip]
@@ -140,6 +149,7 @@ class Endpoint:
             f"concurrency is {self.concurrency}, at least 1 is needed": self.concurrency >= 1,
             f"retries is {self.retries}, at least 0 is needed": self.retries >= 0,
             f"timeout_s is {self.timeout_s}, more than 0 is needed": self.timeout_s > 0,
+            "api_key_env is not the name of an environment variable": ENV_NAME.fullmatch(self.api_key_env or "_"),
             "base_url is not like http://host:port/v1, without user, password and query": _is_plain(self.base_url),
         }
         wrong = [message for message, met in conditions.items() if not met]

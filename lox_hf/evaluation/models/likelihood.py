@@ -1,14 +1,11 @@
 """Likelihood of long token sequences: in windows, in padded batches, every token predicted once."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-from lox_hf.errors import LoxError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +56,7 @@ def fitting_windows(model: "PreTrainedModel", longest: int) -> int:
     return max(1, min(MOST_WINDOWS, LOGITS_BYTES // (4 * longest * vocabulary)))
 
 
+@torch.no_grad()
 def negative_log_likelihood(model: "PreTrainedModel", windows: Sequence[Window]) -> float:
     """Return -sum log p over the predicted tokens of a batch; each log p is float32, the sum float64.
 
@@ -68,37 +66,17 @@ def negative_log_likelihood(model: "PreTrainedModel", windows: Sequence[Window])
 
     Returns:
         The sum, in nats.
-
-    Raises:
-        LoxError: If the accelerator's memory does not suffice.
     """
-    ids = torch.zeros(len(windows), max(len(window.ids) for window in windows), dtype=torch.long)
+    width = max(len(window.ids) for window in windows)
+    ids = torch.zeros(len(windows), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, window in enumerate(windows):  # padded on the right, where no token that is predicted looks
         ids[row, : len(window.ids)] = torch.tensor(window.ids)
         mask[row, : len(window.ids)] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
-    try:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return sum(map(_loss, logits, ids.to(logits.device), windows))
-    except torch.OutOfMemoryError as error:
-        raise LoxError(
-            f"The memory of {model.device} does not suffice for {len(windows)} windows of {ids.shape[1]} tokens: "
-            "lower batch_size or max_length."
-        ) from error
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients; afterwards every module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    # Learnt prompts have places of their own in front.
+    return sum(map(_loss, logits[:, -width:], ids.to(logits.device), windows))
 
 
 def _loss(logits: Tensor, ids: Tensor, window: Window) -> float:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -53,7 +54,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, ready for evaluation.
 
-    A PEFT adapter is put on the base that it names; a tokenizer that it lacks is the base's.
+    A PEFT adapter of any kind is put on the base that it names; a tokenizer that it lacks is the base's. Its weights
+    stay in float32 where PEFT keeps them so.
 
     Args:
         name_or_path: Checkpoint or adapter: a folder or a Hub id.
@@ -66,7 +68,7 @@ def load_model(
         head: What the model must be for: "causal-lm" or "sequence-classification".
 
     Returns:
-        The model in evaluation mode, and the tokenizer. The model's `name_or_path` is what was passed, and its
+        The model in evaluation mode, a `PeftModel` for an adapter, and the tokenizer. The model's `name_or_path` is what was passed, and its
         config's `_commit_hash` the commit on the Hub.
 
     Raises:
@@ -112,7 +114,7 @@ def _load(
     tokenizer = _load_tokenizer(files if _has_tokenizer(files.folder) else base, trust)
     model = _load_weights(base, config, head, trust, placed)
     if base is not files:
-        _put_adapter_on(model, files)
+        model = _put_adapter_on(model, len(tokenizer), files)
     # Not the folder in the Hub's cache, which says nothing to a reader of reports.
     model.name_or_path = model.config.name_or_path = files.reference.name_or_path
     model.config._commit_hash = files.reference.revision
@@ -192,11 +194,17 @@ def _load_weights(
         return model if mapped else model.to(device)
 
 
-def _put_adapter_on(model: PreTrainedModel, adapter: Resolved) -> None:
-    name = adapter.reference.name_or_path
-    with _load_errors(f"the adapter '{name}'"):
-        info = model.load_adapter(str(adapter.folder), ignore_mismatched_sizes=True)
-        _check_complete(name, info.missing_keys, info.mismatched_keys)
+def _put_adapter_on(model: PreTrainedModel, vocabulary: int, adapter: Resolved) -> Any:
+    """The PEFT model of an adapter on its base, whose embeddings grow to the adapter's vocabulary where it is larger."""
+    from peft import PeftModel
+
+    with _load_errors(f"the adapter '{adapter.reference.name_or_path}'"), warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")  # they would stay as they were initialised
+        if vocabulary > model.get_input_embeddings().weight.shape[0]:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # rows that the adapter does not bring are the same in every run
+                model.resize_token_embeddings(vocabulary)
+        return PeftModel.from_pretrained(model, str(adapter.folder), torch_device=str(model.device))
 
 
 def _check_complete(
@@ -223,10 +231,11 @@ def _load_errors(what: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what was said, as a sentence."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    """The first line of what was said, and the second where that only announces it, as a short sentence."""
+    lines = [*map(str.strip, str(error).strip().splitlines()), type(error).__name__]
+    said = " ".join(lines[: 1 + lines[0].endswith(":")]) if lines[0] else lines[1]
     hint = " Pass trust_remote_code if you have read that code and trust it." * ("trust_remote_code" in str(error))
-    return lines[0].rstrip(" .:,") + "." + hint
+    return shorten(said.rstrip(" .:,"), 400, placeholder=" ...") + "." + hint
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -6,19 +6,18 @@ from contextlib import contextmanager
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from lox_hf.errors import ConfigError, LoxError, PromptError, UnsupportedModelError
-from lox_hf.evaluation.models.batch import learns_prompts, make_batch
-from lox_hf.evaluation.models.batch_size import fitting_batch_size
+from lox_hf.errors import ConfigError, PromptError, listing
+from lox_hf.evaluation.models.batch import make_batch, reads_padding
+from lox_hf.evaluation.models.batch_size import fitting_batch_size, run_in_batches
 from lox_hf.evaluation.models.chat import Conversation, Reply
-from lox_hf.evaluation.models.templates import choose_template, encode, read_answer
+from lox_hf.evaluation.models.checks import check_model, check_vocabulary, context_length, model_name
+from lox_hf.evaluation.models.templates import choose_template, encode, read_answer, special_tokens
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 # The mode, our settings for the time of a call, and a method that PEFT hangs into its modules.
 _TOUCHED = ("training", "generation_config", "prepare_inputs_for_generation")
 
@@ -42,7 +41,8 @@ class LocalModel:
         template: "chat" (the tokenizer's), "alpaca" (the reference's), "none", or "auto": chat where there is one.
         max_new_tokens: Longest answer in tokens, a thinking part included.
         batch_size: Prompts at once; None takes what fits half of the free memory, up to where speed stops growing. An
-            adapter that learnt tokens to put in front (prompt tuning, prefix tuning) answers one prompt at a time.
+            adapter that learnt tokens to put in front (prompt tuning, prefix tuning), RWKV and xLSTM, which padding
+            would disturb, answer one prompt at a time.
         chat_template_kwargs: Further variables of the chat template, such as {"enable_thinking": False}.
 
     Raises:
@@ -66,9 +66,7 @@ class LocalModel:
         batch_size: int | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        _must_generate(model)
-        if tokenizer is None:
-            raise ConfigError(f"{type(model).__name__} needs its tokenizer: pass it as the second argument.")
+        check_model(model, tokenizer)
         if max_new_tokens < 1 or (batch_size is not None and batch_size < 1):
             raise ConfigError(
                 f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}."
@@ -78,9 +76,9 @@ class LocalModel:
         self._tokenizer = tokenizer
         self._variables = dict(chat_template_kwargs or {})
         self._max_new_tokens = max_new_tokens
-        self.name = getattr(self._model.config, "_name_or_path", "") or type(self._model).__name__
+        self.name = model_name(self._model)
         self.template = choose_template(tokenizer, template)
-        self.batch_size = 1 if learns_prompts(self._model) else batch_size
+        self.batch_size = 1 if reads_padding(self._model) else batch_size
 
     def settings(self) -> dict[str, Any]:
         """What an answer depends on besides the conversation, as JSON values.
@@ -112,80 +110,65 @@ class LocalModel:
             done: Positions that are answered already; a batch is left out only where all of it is.
 
         Yields:
-            Position and reply.
+            Position and reply; of a prompt that is empty or too long for the model, the error.
 
         Raises:
             ConfigError: If the chat template refuses a conversation, or the tokenizer is not the model's.
-            PromptError: If prompts are empty or too long for the model; all of them are named, and nothing is
-                generated.
+            PromptError: If not one prompt can be answered.
             LoxError: If the memory does not suffice for a single prompt.
         """
-        prompts = [encode(self._tokenizer, turns, self.template, self._variables) for turns in conversations]
-        self._check(prompts)
+        special = special_tokens(self._tokenizer)  # once: of thousands it takes long
+        prompts = [
+            encode(self._tokenizer, turns, self.template, self._variables, special=special) for turns in conversations
+        ]
+        check_vocabulary(self._model, self._tokenizer, prompts)
         answered = frozenset(done)
-        order = sorted(range(len(prompts)), key=lambda position: -len(prompts[position]))
-        start = 0
-        while start < len(order):
-            if self.batch_size is None:
-                longest = len(prompts[order[0]]) + self._max_new_tokens
-                self.batch_size = fitting_batch_size(self._model, longest)
-            batch = order[start : start + self.batch_size]
-            if not answered.issuperset(batch):
-                rows = self._generate_if_it_fits([prompts[position] for position in batch])
-                if rows is None:
-                    self._halve(len(batch), len(prompts[batch[0]]))
-                    continue
+        refused = self._refused(prompts)
+        yield from ((position, reply) for position, reply in refused.items() if position not in answered)
+        readable = [position for position in range(len(prompts)) if position not in refused]
+        readable.sort(key=lambda position: -len(prompts[position]))
+        if not readable:
+            return
+        longest = len(prompts[readable[0]])
+
+        def generate(batch: Sequence[int]) -> list[list[int]] | None:
+            return None if answered.issuperset(batch) else self._generate([prompts[position] for position in batch])
+
+        batches = run_in_batches(
+            generate,
+            readable,
+            self.batch_size or fitting_batch_size(self._model, longest + self._max_new_tokens),
+            device=self._model.device,
+            one=f"one prompt of {longest} tokens and {self._max_new_tokens} new ones with '{self.name}': lower "
+            "max_new_tokens, load the model in a smaller dtype, or leave the longest prompts out.",
+        )
+        for self.batch_size, batch, rows in batches:
+            if rows is not None:
                 for position, row in zip(batch, rows, strict=True):
-                    yield position, self._read(prompts[position], row)
-            start += len(batch)
+                    yield position, self._read(prompts[position], row, special)
 
-    def _check(self, prompts: Sequence[list[int]]) -> None:
-        """Refuse what the model cannot read, before anything is generated."""
-        vocabulary = self._model.get_input_embeddings().weight.shape[0]
-        largest = max(map(max, filter(None, prompts)), default=0)
-        if largest >= vocabulary:
-            raise ConfigError(
-                f"The tokenizer '{self._tokenizer.name_or_path}' does not belong to '{self.name}': it gives token "
-                f"{largest}, and the model has {vocabulary}. Load both from the same place."
-            )
-        empty = [str(position) for position, prompt in enumerate(prompts) if not prompt]
-        if empty:
-            raise PromptError(f"Prompts without a token: numbers {', '.join(empty)}, counted from 0. Leave them out.")
-        context = getattr(self._model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        room = float("inf") if context is None else context - self._max_new_tokens
-        long = [f"{position} ({len(prompt)})" for position, prompt in enumerate(prompts) if len(prompt) > room]
-        if long:
+    def _refused(self, prompts: Sequence[list[int]]) -> dict[int, Reply]:
+        """Replies to prompts that the model cannot read, by position."""
+        context, new = context_length(self._model), self._max_new_tokens
+        room = f", and the model's context is {context} with {new} for the answer"
+        wrong = {
+            position: f"the prompt has {len(prompt)} tokens{room if prompt else ''}"
+            for position, prompt in enumerate(prompts)
+            if not prompt or (context is not None and len(prompt) + new > context)
+        }
+        if wrong and len(wrong) == len(prompts):
+            named = listing((f"{position}: {error}" for position, error in wrong.items()), 5)
             raise PromptError(
-                f"{len(long)} of {len(prompts)} prompts do not fit the context of '{self.name}', {context} tokens "
-                f"with {self._max_new_tokens} for the answer: numbers (tokens) {', '.join(long)}, counted from 0. "
-                "Shorten them, leave them out, or lower max_new_tokens."
+                f"'{self.name}' can answer none of {len(prompts)} prompts; numbers counted from 0: {named} Shorten "
+                "them, or lower max_new_tokens."
             )
-
-    def _generate_if_it_fits(self, prompts: Sequence[list[int]]) -> list[list[int]] | None:
-        """Return the new tokens of every prompt, None where memory ran out; by then the attempt's memory is free."""
-        try:
-            return self._generate(prompts)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-        if self._model.device.type != "cpu":
-            torch.get_device_module(self._model.device).empty_cache()
-        return None
-
-    def _halve(self, batch_size: int, longest: int) -> None:
-        if batch_size == 1:
-            raise LoxError(
-                f"The memory of {self._model.device} does not suffice for one prompt of {longest} tokens and "
-                f"{self._max_new_tokens} new ones with '{self.name}': lower max_new_tokens, load the model in a "
-                "smaller dtype, or leave the longest prompts out."
-            )
-        self.batch_size = batch_size // 2
+        return {position: Reply("", error=error) for position, error in wrong.items()}
 
     def _generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         # `generate` runs under no_grad. Under inference_mode, tensors that a model keeps for later (rotary tables,
         # unpacked weights) could never be used in training again.
         config = self._generation_config()
-        with _left_as_found(self._model, config):
+        with left_as_found(self._model, config):
             batch = make_batch(self._model, prompts, max_new_tokens=self._max_new_tokens, filler=config.pad_token_id)
             output = self._model.generate(**batch)
         return output[:, batch["input_ids"].shape[1] :].tolist()
@@ -205,39 +188,33 @@ class LocalModel:
 
     def _ends(self) -> list[int]:
         """Tokens that end an answer: the model's, and the tokenizer's, which fine-tuning often changes alone."""
-        ends = self._model.generation_config.eos_token_id
+        ends = getattr(self._model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
         return sorted({end for end in [*ends, self._tokenizer.eos_token_id] if end is not None})
 
-    def _read(self, prompt: list[int], row: list[int]) -> Reply:
+    def _read(self, prompt: list[int], row: list[int], special: Mapping[int, str]) -> Reply:
         ends = self._ends()
         generated = list(takewhile(lambda token: token not in ends, row))
-        return read_answer(self._tokenizer, prompt, generated, cut_off=len(generated) == len(row))
-
-
-def _must_generate(model: nn.Module) -> None:
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} ({config.model_type}) is an encoder-decoder; only decoder-only models, which "
-            "continue a prompt, can be evaluated."
-        )
-    if not callable(getattr(model, "generate", None)):
-        raise UnsupportedModelError(f"{type(model).__name__} cannot generate text: load it with AutoModelForCausalLM.")
+        cut_off = len(generated) == len(row)
+        return read_answer(self._tokenizer, prompt, generated, cut_off=cut_off, special=special)
 
 
 @contextmanager
-def _left_as_found(model: nn.Module, config: "GenerationConfig") -> Iterator[None]:
-    """Set a model up for generating by `config` alone, and give every module back what it had.
+def left_as_found(model: nn.Module, config: "GenerationConfig | None" = None) -> Iterator[None]:
+    """Put a model into evaluation mode, and afterwards give every module back what it had.
 
     A config that is passed to `generate` is filled up from the model's own, penalties included; so it takes its place.
+
+    Args:
+        model: The model.
+        config: What it generates by.
     """
     found = [vars(module) for module in model.modules()]
     before = [{name: attributes[name] for name in _TOUCHED if name in attributes} for attributes in found]
     try:
         for attributes in found:
             attributes["training"] = False
-            if "generation_config" in attributes:
+            if config is not None and "generation_config" in attributes:
                 attributes["generation_config"] = config
         yield
     finally:
@@ -245,11 +222,6 @@ def _left_as_found(model: nn.Module, config: "GenerationConfig") -> Iterator[Non
             for name in _TOUCHED:
                 attributes.pop(name, None)
             attributes.update(old)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    message = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in message for text in _OUT_OF_MEMORY)
 
 
 def _weights_sample(model: nn.Module) -> str:

@@ -2,9 +2,11 @@
 
 import asyncio
 import itertools
+import os
 import random
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,8 @@ _CONNECT_S = 10.0
 _RETRIES_UNREACHED = 2
 # So many requests in a row that used up their retries are the server's fault, not the requests'.
 _MOST_FAILURES_IN_A_ROW = 32
+# So many declined in the same words before one is answered: some servers say so that they do not know the model.
+_MOST_DECLINES = 8
 # What a server may refuse, and the name it goes by elsewhere; None leaves it out.
 _SUBSTITUTES = {"max_completion_tokens": "max_tokens", "seed": None, "temperature": None, "response_format": None}
 _WRONG_PATH = "the path of the URL: most servers want it to end in /v1."
@@ -36,6 +40,7 @@ _REMEDIES = {
     404: f"Check the model's name '{{model}}', and {_WRONG_PATH}",
     405: f"Check {_WRONG_PATH}",
 }
+_DECLINED_REMEDY = "Check the model's name '{model}', and what is sent to the server."
 _OTHER_REMEDY = "Check that the server is running, its URL and its limits; a lower `concurrency` may help."
 _MAY_PASS = (408, 409, 429)
 
@@ -50,8 +55,9 @@ class Session:
     def __init__(self, endpoint: "Endpoint") -> None:
         self.endpoint = endpoint
         self.key = endpoint.api_key()
-        self.reached = False
+        self.reached = self.answered = False
         self.failed_in_a_row = 0
+        self.declines: Counter[str] = Counter()
         self.jitter = random.Random()
 
     async def answer(
@@ -82,11 +88,13 @@ class Session:
     def _client(self) -> "AsyncOpenAI":
         import openai
 
-        timeout_s = self.endpoint.timeout_s
+        key = self.key or "none"
         return openai.AsyncOpenAI(
             base_url=self.endpoint.base_url,
-            api_key=self.key or "none",
-            timeout=openai.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_S)),
+            api_key=key,
+            default_headers=_own_headers(key) if self.endpoint.is_named else None,
+            # Its timeout for reading begins anew with every byte.
+            timeout=openai.Timeout(None, connect=_CONNECT_S),
             max_retries=0,  # its own waits are too long at first, and as long for a server that is not there
         )
 
@@ -95,7 +103,7 @@ class Session:
         while True:
             outcome = await self._request(client, conversation, options)
             if isinstance(outcome, Reply):
-                self.endpoint.options, self.failed_in_a_row = options, 0
+                self.endpoint.options, self.answered, self.failed_in_a_row = options, True, 0
                 return outcome
             accepted = _without_refused(options, outcome)
             if accepted != options:
@@ -104,8 +112,7 @@ class Session:
             if outcome.status in _REMEDIES:
                 raise self._unusable(outcome)
             if not outcome.may_pass:
-                self.failed_in_a_row = 0
-                return Reply("", error=outcome.text)
+                return self._declined(outcome)
             wait_s = self._wait_s(outcome, next(retries))
             if wait_s is None:
                 return self._give_up(outcome)
@@ -118,8 +125,11 @@ class Session:
 
         body = {"model": self.endpoint.name, "messages": conversation, **options}
         try:
-            # As plain JSON: the client's classes take a quarter of a call's CPU time, and check nothing.
-            answer = await client.post("/chat/completions", cast_to=object, body=body)
+            async with asyncio.timeout(self.endpoint.timeout_s):
+                # As plain JSON: the client's classes take a quarter of a call's CPU time, and check nothing.
+                answer = await client.post("/chat/completions", cast_to=object, body=body)
+        except TimeoutError:
+            return _Failure(f"no answer within {self.endpoint.timeout_s:g} s", may_pass=True)
         except UnicodeEncodeError:
             return _Failure("the conversation holds signs that UTF-8 cannot write")
         except ValueError:
@@ -127,7 +137,7 @@ class Session:
         except openai.OpenAIError as error:
             return self._failure(error)
         self.reached = True
-        return _read(answer)
+        return _read(answer, self.endpoint.keep_thinking)
 
     def _failure(self, error: "OpenAIError") -> "_Failure":
         """What the client's error says; the error itself is dropped, as it may repeat the key."""
@@ -135,14 +145,18 @@ class Session:
 
         if isinstance(error, openai.APIStatusError):
             self.reached = True
+            if error.code == "content_filter":
+                return _held_back(error.code)
             status = error.status_code
             said = error.body.get("message") if isinstance(error.body, dict) else None
             text = self._one_line(f"HTTP {status}, {said or error.response.text}")
             after_s = _seconds(error.response.headers.get("retry-after"))
             return _Failure(text, status, after_s, may_pass=status in _MAY_PASS or status >= 500)
         if isinstance(error, openai.APITimeoutError):
-            return _Failure(f"no answer within {self.endpoint.timeout_s:g} s", may_pass=True)
-        return _Failure(self._one_line(str(error.__cause__ or error)), may_pass=True, unreachable=True)
+            return _Failure(f"no connection within {_CONNECT_S:g} s", may_pass=True, unreachable=True)
+        # Of httpx or of its successor, by the version of the client.
+        unreachable = type(error.__cause__).__name__ == "ConnectError"
+        return _Failure(self._one_line(str(error.__cause__ or error)), may_pass=True, unreachable=unreachable)
 
     def _wait_s(self, failure: "_Failure", retry: int) -> float | None:
         """Seconds until the next attempt; None where there is to be none."""
@@ -153,14 +167,22 @@ class Session:
         backoff_s = min(_FIRST_WAIT_S * _WAIT_GROWTH**retry, _LONGEST_WAIT_S)
         return failure.retry_after_s + backoff_s * self.jitter.uniform(0.5, 1)
 
+    def _declined(self, failure: "_Failure") -> Reply:
+        self.failed_in_a_row = 0
+        self.declines[failure.text] += failure.status is not None
+        if not self.answered and self.declines[failure.text] >= _MOST_DECLINES:
+            raise self._unusable(failure)
+        return Reply("", error=failure.text, transient=True)
+
     def _give_up(self, failure: "_Failure") -> Reply:
         self.failed_in_a_row += 1
-        if failure.unreachable or self.failed_in_a_row >= _MOST_FAILURES_IN_A_ROW:
+        unreached = failure.unreachable and not self.reached
+        if unreached or self.failed_in_a_row >= _MOST_FAILURES_IN_A_ROW:
             raise self._unusable(failure)
         return Reply("", error=failure.text, transient=True)
 
     def _unusable(self, failure: "_Failure") -> EndpointError:
-        remedy = _REMEDIES.get(failure.status or 0, _OTHER_REMEDY)
+        remedy = _REMEDIES.get(failure.status or 0, _OTHER_REMEDY if failure.may_pass else _DECLINED_REMEDY)
         variable = self.endpoint.api_key_env
         key = (
             f"the one in the environment variable {variable}" if variable else "none, name its variable as api_key_env"
@@ -183,7 +205,7 @@ class _Failure:
         status: HTTP status; None where none came back.
         retry_after_s: How long the server wants to be left alone, in seconds.
         may_pass: Another attempt may succeed.
-        unreachable: There was no connection, or it broke.
+        unreachable: There was no connection.
     """
 
     text: str
@@ -193,7 +215,16 @@ class _Failure:
     unreachable: bool = False
 
 
-def _read(answer: Any) -> Reply | _Failure:
+def _own_headers(key: str) -> dict[str, Any]:
+    """Headers by which the client sends nothing that it finds in the environment, where it looks by itself."""
+    import openai
+
+    custom = os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")
+    names = ["OpenAI-Organization", "OpenAI-Project", *(line.partition(":")[0].strip() for line in custom)]
+    return {name: openai.Omit() for name in names} | {"Authorization": f"Bearer {key}"}
+
+
+def _read(answer: Any, keep_thinking: bool) -> Reply | _Failure:
     """The reply out of a completion; nothing in it is taken on trust."""
     try:
         choice = answer["choices"][0] if answer["choices"] else {"message": {}, "finish_reason": "no choice"}
@@ -203,12 +234,17 @@ def _read(answer: Any) -> Reply | _Failure:
         return _Failure("the answer is no chat completion", may_pass=True)
     if not isinstance(text, str):
         return _Failure("the answer is no text")
-    text = (after_thinking(text) or "").strip().encode("utf-8", "replace").decode()
+    text = text if keep_thinking else after_thinking(text) or ""
+    text = text.strip().encode("utf-8", "replace").decode()
     if not text and ended in ("no choice", "content_filter"):
-        return _Failure(f"the endpoint holds its answer back ({ended})")
+        return _held_back(ended)
     if not text and ended == "length":
         return _Failure("no answer within the limit of new tokens, in which thinking counts: raise max_new_tokens")
     return Reply(text, cut_off=ended == "length")
+
+
+def _held_back(reason: str) -> _Failure:
+    return _Failure(f"the endpoint holds its answer back ({reason})")
 
 
 def _without_refused(options: dict[str, Any], failure: _Failure) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """From a conversation to a prompt's token ids, and from generated ids to the answer in them."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from lox_hf.errors import ConfigError
 from lox_hf.evaluation.models.chat import Conversation, Reply
+from lox_hf.evaluation.models.tokens import mark, special_tokens, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,10 +31,6 @@ THINKING = {
 _MARKER = re.compile("|".join(map(re.escape, [*THINKING, *THINKING.values()])))
 _OPENING_TOKENS = 32
 """Tokens at the end of a prompt in which an opening of a thinking part is looked for."""
-# Private-use characters around a special token's text in a turn.
-_OPEN, _CLOSE = "\ue000", "\ue001"
-_MARKED = re.compile(f"{_OPEN}(.*?){_CLOSE}", re.DOTALL)
-_LONE_MARK = re.compile(f"[{_OPEN}{_CLOSE}]")
 
 
 def choose_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> str:
@@ -73,6 +69,8 @@ def encode(
     conversation: Conversation,
     template: str,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    *,
+    special: Mapping[int, str] | None = None,
 ) -> list[int]:
     """Turn a conversation into a prompt's token ids, ready for the answer to follow.
 
@@ -89,6 +87,7 @@ def encode(
         template: "chat" for the tokenizer's chat template; "alpaca" for the format of Alpaca, which the paper's
             reference code uses, with system turns put in front; "none" for the text of the turns alone.
         chat_template_kwargs: Further variables of the chat template, such as {"enable_thinking": False}.
+        special: What `special_tokens` gives, for callers with many conversations; None asks the tokenizer.
 
     Returns:
         Token ids.
@@ -103,31 +102,41 @@ def encode(
         >>> tokenizer.decode(ids)
         '<s> question : what colour is a <unk> ? answer :'
     """
-    turns = conversation if template == "none" else _marked(tokenizer, conversation)
+    if special is None:
+        special = special_tokens(tokenizer)
+    turns = conversation
+    if template != "none":
+        turns = [{**turn, "content": mark(special, turn["content"])} for turn in conversation]
     if template == "chat":
         text = _render_chat(tokenizer, turns, chat_template_kwargs or {})
     elif template == "alpaca":
         text = _render_alpaca(turns)
     else:
         text = "\n\n".join(turn["content"] for turn in turns)
-    with _left_as_it_was(tokenizer):
-        return _with_one_bos(tokenizer, _tokens(tokenizer, text))
+    return tokenize(tokenizer, special, text)
 
 
 def read_answer(
-    tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], generated: Sequence[int], *, cut_off: bool
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: Sequence[int],
+    generated: Sequence[int],
+    *,
+    cut_off: bool,
+    special: Mapping[int, str] | None = None,
 ) -> Reply:
     """Turn what a model generated into its answer.
 
     Special tokens are removed, and so is a thinking part at the beginning, in any of the forms of `THINKING`: its
-    markers may be special tokens, added tokens or plain text, and the prompt may have opened it already. Where a model
-    writes channels (gpt-oss), the final one is the answer. What looks like a thinking part further on is left in.
+    markers may be special tokens, added tokens or plain text, and the prompt may have opened it already, or nobody: a
+    closing marker without an opening ends a part too, except at the very end, where the answer stands before it. A
+    whole part further on is left in. Where a model writes channels (gpt-oss), the final one is the answer.
 
     Args:
         tokenizer: The tokenizer.
         prompt: Token ids of the prompt.
         generated: Token ids after the prompt, without the one that ended them.
         cut_off: Whether the limit of new tokens ended them.
+        special: What `special_tokens` gives, for callers with many answers; None asks the tokenizer.
 
     Returns:
         The answer; a thinking part that the limit cut off gives an error instead. One that the model itself ended
@@ -140,13 +149,18 @@ def read_answer(
         >>> read_answer(tokenizer, [], generated, cut_off=False)
         Reply(text='it is red', cut_off=False, error='', transient=False)
     """
-    final = _final_channel(tokenizer, generated)
+    if special is None:
+        special = special_tokens(tokenizer)
+    final = _final_channel(tokenizer, special, generated)
     text = None
     if final is not None:
-        opening = _open_thinking(_text(tokenizer, prompt[-_OPENING_TOKENS:]))
-        text = after_thinking(opening + _text(tokenizer, final))
+        opening = _open_thinking(_text(tokenizer, special, prompt[-_OPENING_TOKENS:]))
+        text = after_thinking(opening + _text(tokenizer, special, final))
     if text is None and cut_off:
-        error = f"the thinking part did not end within {len(generated)} new tokens: raise max_new_tokens"
+        error = (
+            f"the thinking part did not end within {len(generated)} new tokens: raise max_new_tokens, or pass "
+            'chat_template_kwargs={"enable_thinking": False} where the chat template knows it'
+        )
         return Reply("", cut_off, error)
     return Reply((text or "").strip(), cut_off)
 
@@ -158,7 +172,7 @@ def after_thinking(text: str) -> str | None:
         text: What a model wrote.
 
     Returns:
-        The rest; None where a thinking part does not end.
+        The rest, up to a closing marker that ends it without an opening; None where a thinking part does not end.
 
     Example:
         >>> after_thinking("<think>Two and two.</think>Four."), after_thinking("<think>Two and")
@@ -172,22 +186,11 @@ def after_thinking(text: str) -> str | None:
             if closing < 0:
                 return None
             text = text[closing + len(THINKING[marker[0]]) :]
-        else:  # the end of a part whose opening is not in the text
+        elif _MARKER.sub("", text[marker.end() :]).strip():  # the end of a part whose opening is not in the text
             text = text[marker.end() :]
+        else:
+            return text[: marker.start()]
     return text
-
-
-def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
-    """Return the special tokens of a tokenizer.
-
-    Args:
-        tokenizer: The tokenizer.
-
-    Returns:
-        Text by id.
-    """
-    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 def _render_chat(
@@ -214,58 +217,9 @@ def _render_alpaca(conversation: Conversation) -> str:
     return "\n\n".join([*system, ALPACA.replace("{turns}", "\n\n".join(turns))])
 
 
-def _marked(tokenizer: "PreTrainedTokenizerBase", conversation: Conversation) -> Conversation:
-    """The conversation with marks around every text in it that is a special token's."""
-    texts = sorted(filter(str.strip, special_tokens(tokenizer).values()), key=len, reverse=True)
-    special = re.compile("|".join(map(re.escape, texts)) or "(?!)")
-    return [
-        {**turn, "content": special.sub(rf"{_OPEN}\g<0>{_CLOSE}", _LONE_MARK.sub("", turn["content"]))}
-        for turn in conversation
-    ]
-
-
-def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Token ids of a text; what is marked in it gives ordinary tokens only."""
-    ids: list[int] = []
-    for number, piece in enumerate(_MARKED.split(text)):
-        is_marked = number % 2 == 1
-        options = {"split_special_tokens": True} if is_marked else {}
-        found = tokenizer(_LONE_MARK.sub("", piece), add_special_tokens=False, **options)["input_ids"]
-        # A vocabulary of whole words has no other spelling of a special token.
-        ids += [token for token in found if token not in special_tokens(tokenizer)] if is_marked else found
-    return ids
-
-
-def _with_one_bos(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[int]:
-    """The ids with one BOS in front where the text begins with any or the tokenizer itself puts one there."""
-    bos = tokenizer.bos_token_id
-    written = next((place for place, token in enumerate(ids) if token != bos), len(ids))
-    if written or (bos is not None and tokenizer("a")["input_ids"][:1] == [bos]):
-        return [bos, *ids[written:]]
-    return ids
-
-
-@contextmanager
-def _left_as_it_was(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
-    """Give a fast tokenizer's backend its settings back: every call of the tokenizer overwrites them."""
-    if not tokenizer.is_fast:
-        yield
-        return
-    backend = tokenizer.backend_tokenizer
-    truncation, padding, encode_special = backend.truncation, backend.padding, backend.encode_special_tokens
-    try:
-        yield
-    finally:
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-        if padding is not None:
-            backend.enable_padding(**padding)
-        backend.encode_special_tokens = encode_special
-
-
-def _text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+def _text(tokenizer: "PreTrainedTokenizerBase", special: Mapping[int, str], ids: Sequence[int]) -> str:
     """Text of the ids without special tokens, except those that mark thinking."""
-    markers = {number: text for number, text in special_tokens(tokenizer).items() if _MARKER.fullmatch(text)}
+    markers = {number: special[number] for number in ids if _MARKER.fullmatch(special.get(number, ""))}
     runs = groupby(ids, key=markers.get)
     return "".join(marker or _decode(tokenizer, list(run)) for marker, run in runs)
 
@@ -279,15 +233,16 @@ def _open_thinking(prompt_end: str) -> str:
     return next((opening for opening in THINKING if prompt_end.rstrip().endswith(opening)), "")
 
 
-def _final_channel(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> Sequence[int] | None:
+def _final_channel(
+    tokenizer: "PreTrainedTokenizerBase", special: Mapping[int, str], ids: Sequence[int]
+) -> Sequence[int] | None:
     """The ids of the final channel, or all of them where none are used; None where the final one has not begun."""
-    specials = {text: number for number, text in special_tokens(tokenizer).items()}
-    channel, message = specials.get("<|channel|>"), specials.get("<|message|>")
-    if channel not in ids:
+    begins = [place for place, token in enumerate(ids, start=1) if special.get(token) == "<|channel|>"]
+    if not begins:
         return ids
-    for start in reversed([place for place, token in enumerate(ids, start=1) if token == channel]):
-        name = list(takewhile(lambda token: token != message, ids[start:]))
+    for start in reversed(begins):
+        name = list(takewhile(lambda token: special.get(token) != "<|message|>", ids[start:]))
         content = ids[start + len(name) + 1 :]
         if content and _decode(tokenizer, name).strip() == "final":
-            return list(takewhile(lambda token: token not in specials.values(), content))
+            return list(takewhile(lambda token: token not in special, content))
     return None

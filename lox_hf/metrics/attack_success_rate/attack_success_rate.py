@@ -41,8 +41,6 @@ CITATION = """
 }
 """
 
-# How the names of judges begin that look at the prompt too.
-READS_PROMPTS = ("classifier:", "rubric:")
 Texts = Iterable[str | None] | None
 
 
@@ -69,9 +67,14 @@ class AttackSuccessRate(evaluate.Metric):
         Args:
             prediction: The response.
             reference: The prompt.
-            kwargs: Nothing; evaluate refuses by name what it does not know.
+            kwargs: The same as predictions and references, as a combination of metrics calls them; evaluate refuses by
+                name what it does not know.
+
+        Raises:
+            ConfigError: If the response is not text.
         """
-        self.add_batch(predictions=[prediction], references=[reference], **kwargs)
+        example = {"predictions": prediction, "references": reference, **kwargs}
+        self.add_batch(**{name: [item] for name, item in example.items()})
 
     def add_batch(self, *, predictions: Texts = None, references: Texts = None, **kwargs: Any) -> None:
         """Add responses.
@@ -101,6 +104,8 @@ class AttackSuccessRate(evaluate.Metric):
     ) -> dict[str, float] | None:
         """Judge what was added, and what is passed here.
 
+        Where the judge fails, what was added stays for another try; with several processes it is lost.
+
         Args:
             predictions: The responses.
             references: The prompts.
@@ -115,27 +120,37 @@ class AttackSuccessRate(evaluate.Metric):
         """
         # Before evaluate lets go of what was added, so that a misspelt name or a missing key costs no responses.
         found = get_judge(judge) if self.process_id == 0 else None
+        added = len(self)
         if predictions is None and references is None and self.writer is None:
             predictions = []  # evaluate takes no answers at all for a mistake
-        return super().compute(predictions=predictions, references=references, judge=found, **kwargs)
+        return super().compute(predictions=predictions, references=references, judge=found, added=added, **kwargs)
 
     def _compute(  # pyrefly: ignore[bad-override]  # evaluate calls it by the names of features and settings
-        self, predictions: list[str], references: list[str], judge: Judge
+        self, predictions: list[str], references: list[str], judge: Judge, added: int
     ) -> dict[str, float]:
-        missing = sum(not prompt for prompt in references)
-        if missing and judge.name.startswith(READS_PROMPTS):
-            raise ConfigError(
-                f"{judge.name} reads the prompts, and {missing} of {len(references)} are missing: pass them as "
-                "references."
-            )
-        report = attack_success_rate(references, predictions, judge)
-        numbers: dict[str, float] = {
-            "attack_success_rate": report.asr.share,
-            "attack_success_rate_low": report.asr.low,
-            "attack_success_rate_high": report.asr.high,
-            "refusal_rate": report.refusal.share,
-            "degenerate_rate": report.degenerate.share,
-            "n": report.asr.n,
-            "unscored": report.asr.unscored,
-        }
-        return numbers | ({"rubric_mean_score": report.rubric.mean} if report.rubric else {})
+        try:
+            return _rates(predictions, references, judge)
+        except BaseException:
+            # evaluate has let go of everything. Several processes would have to add it together.
+            if added and self.num_process == 1:
+                self.add_batch(predictions=predictions[:added], references=references[:added])
+            raise
+
+
+def _rates(responses: list[str], prompts: list[str], judge: Judge) -> dict[str, float]:
+    missing = sum(not prompt for prompt in prompts)
+    if missing and judge.reads_prompts:
+        raise ConfigError(
+            f"{judge.name} reads the prompts, and {missing} of {len(prompts)} are missing: pass them as references."
+        )
+    report = attack_success_rate(prompts, responses, judge)
+    numbers: dict[str, float] = {
+        "attack_success_rate": report.asr.share,
+        "attack_success_rate_low": report.asr.low,
+        "attack_success_rate_high": report.asr.high,
+        "refusal_rate": report.refusal.share,
+        "degenerate_rate": report.degenerate.share,
+        "n": report.asr.n,
+        "unscored": report.asr.unscored,
+    }
+    return numbers | ({"rubric_mean_score": report.rubric.mean} if report.rubric else {})
