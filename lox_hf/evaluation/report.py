@@ -172,7 +172,7 @@ def escape(text: str) -> str:
     """
     line = html.escape(_one_line(text), quote=False)
     line = re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
-    line = re.sub("[:@$]", lambda sign: f"&#{ord(sign[0])};", line)
+    line = re.sub(r":(?=//)|[@$]", lambda sign: f"&#{ord(sign[0])};", line)
     return re.sub(r"(?i)\bwww\.", "www&#46;", line)
 
 

@@ -109,6 +109,8 @@ def test_a_server_that_declines_everything_in_the_same_words_cannot_be_used():
     with EndpointServer(echo, faults=lambda number, body: "400 model" if number else None) as server:
         found = answers(Endpoint("judge", base_url=server.base_url, concurrency=1), prompts(20))
     assert [position for position, reply in found.items() if not reply.error] == [0]  # so it is not the model
+    with EndpointServer(echo, faults=always("400 model")) as server:
+        assert len(answers(Endpoint("judge", base_url=server.base_url), prompts(20), done=[0])) == 19
 
 
 @pytest.mark.parametrize("fault", ["400 {}", "400 content_filter"])

@@ -59,25 +59,30 @@ def report(rows: list[Labelled]) -> str:
     def shown(text: str) -> str:
         return text.replace("|", "\\|").replace("\n", "<br>")
 
-    parts = {
-        "development": [row for row in rows if row.split == "dev"],
-        "test": [row for row in rows if row.split == "test"],
-        "both": rows,
-    }
-    counts = Counter((row.label, said[row]) for row in rows)
-    by_label = {label: [row for row in rows if row.label == label] for label in LABELS}
-    by_kind = {kind: [row for row in rows if row.kind == kind] for kind in sorted({row.kind for row in rows})}
+    dev, test = ([row for row in rows if row.split == split] for split in ("dev", "test"))
+    counts = Counter((row.label, said[row]) for row in test)
+    kinds = sorted({row.kind for row in rows})
     return "\n\n".join(
         (
-            table(("part", "right"), [(name, right(part)) for name, part in parts.items()]),
+            table(("part", "right"), [("development", right(dev)), ("test", right(test)), ("both", right(rows))]),
             table(
-                ("by hand", *(f"judged {label}" for label in LABELS), "right"),
+                ("test, by hand", *(f"judged {label}" for label in LABELS), "right"),
                 [
-                    (label, *(str(counts[label, judgement]) for judgement in LABELS), right(part))
-                    for label, part in by_label.items()
+                    (
+                        label,
+                        *(str(counts[label, judgement]) for judgement in LABELS),
+                        right([row for row in test if row.label == label]),
+                    )
+                    for label in LABELS
                 ],
             ),
-            table(("kind", "right"), [(kind, right(part)) for kind, part in by_kind.items()]),
+            table(
+                ("kind", "right in development", "right in test"),
+                [
+                    (kind, *(right([row for row in part if row.kind == kind]) for part in (dev, test)))
+                    for kind in kinds
+                ],
+            ),
             table(
                 ("part", "by hand", "judged", "response"),
                 [(row.split, row.label, said[row], shown(row.response)) for row in rows if said[row] != row.label],
@@ -92,9 +97,9 @@ def test_the_set_is_large_and_labelled() -> None:
     assert {row.label for row in ROWS} == set(LABELS)
 
 
-@pytest.mark.parametrize("split", ["dev", "test"])
-def test_at_least_95_percent_are_right(split: str) -> None:
-    rows = [row for row in ROWS if row.split == split]
+def test_at_least_95_percent_of_the_development_part_are_right() -> None:
+    # The test part has no bound, or the judge would be tuned to it; the docs say what it measures.
+    rows = [row for row in ROWS if row.split == "dev"]
     wrong = [row for row in rows if judged(row.response) != row.label]
     assert len(wrong) <= 0.05 * len(rows), wrong
 
@@ -178,8 +183,8 @@ def test_case_makes_no_difference(response: str) -> None:
 
 @given(st.sampled_from(REFUSALS), st.text(max_size=80))
 def test_what_follows_a_refusal_does_not_undo_it(refusal: str, more: str) -> None:
-    assume(judged_only(refusal) == "refused")
     ended = refusal if refusal.rstrip("\"'*)")[-1] in ".!?" else f"{refusal}."
+    assume(judged_only(f"{ended} Goodbye.") == "refused")  # an apology refuses where nothing follows
     assert judged_only(f"{ended} {more}") == "refused"
 
 
@@ -207,9 +212,9 @@ def test_an_answer_cut_off_anywhere_is_not_degenerate(answer: str, size_bytes: i
 )
 def test_the_wrong_encoding_is_noticed(text: str) -> None:
     spoilt = text.encode().decode("latin-1")
-    # Where most letters are Latin, as in Czech or Turkish, a text stays readable.
+    # Where most letters are Latin, as in Czech or Turkish, a text stays readable; Vietnamese has more marks.
     assert degenerate_reason(text) is None
-    assert bool(degenerate_reason(spoilt)) == (sum(map(str.isascii, text)) < 0.5 * len(text))
+    assert bool(degenerate_reason(spoilt)) == (sum(map(str.isascii, text)) < 0.8 * len(text))
 
 
 @pytest.mark.parametrize(

@@ -110,14 +110,15 @@ class Endpoint:
 
         Raises:
             EndpointError: If the server cannot be reached, refuses the key, does not know the model, declines the
-                first requests all in the same words, or lets many in a row fail. What was answered before has been
-                yielded.
+                first requests in the same words (unless some are done), or lets many in a row fail. What was answered
+                before has been yielded.
         """
         skip = set(done)
         pending = [item for item in enumerate(conversations) if item[0] not in skip]
+        session = Session(self, answered=bool(skip))
         items: queue.SimpleQueue[tuple[int, Reply] | None] = queue.SimpleQueue()
         with _event_loop() as loop:
-            answering = asyncio.run_coroutine_threadsafe(Session(self).answer(pending, items.put), loop)
+            answering = asyncio.run_coroutine_threadsafe(session.answer(pending, items.put), loop)
             answering.add_done_callback(lambda _: items.put(None))
             while (item := items.get()) is not None:
                 yield item

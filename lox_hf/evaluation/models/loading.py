@@ -68,8 +68,8 @@ def load_model(
         head: What the model must be for: "causal-lm" or "sequence-classification".
 
     Returns:
-        The model in evaluation mode, a `PeftModel` for an adapter, and the tokenizer. The model's `name_or_path` is what was passed, and its
-        config's `_commit_hash` the commit on the Hub.
+        The model in evaluation mode, a `PeftModel` for an adapter, and the tokenizer. The model's `name_or_path` is
+        what was passed, and its config's `_commit_hash` the commit on the Hub.
 
     Raises:
         ConfigError: If the dtype is not known, the device is not there, the token cannot be one, or a package is
@@ -194,8 +194,8 @@ def _load_weights(
         return model if mapped else model.to(device)
 
 
-def _put_adapter_on(model: PreTrainedModel, vocabulary: int, adapter: Resolved) -> Any:
-    """The PEFT model of an adapter on its base, whose embeddings grow to the adapter's vocabulary where it is larger."""
+def _put_adapter_on(model: Any, vocabulary: int, adapter: Resolved) -> Any:
+    """The PEFT model of an adapter on its base, whose embeddings grow to the size of its vocabulary."""
     from peft import PeftModel
 
     with _load_errors(f"the adapter '{adapter.reference.name_or_path}'"), warnings.catch_warnings():

@@ -50,12 +50,14 @@ class Session:
 
     Args:
         endpoint: Where to ask, and how.
+        answered: Whether an earlier pass had answers.
     """
 
-    def __init__(self, endpoint: "Endpoint") -> None:
+    def __init__(self, endpoint: "Endpoint", *, answered: bool) -> None:
         self.endpoint = endpoint
         self.key = endpoint.api_key()
-        self.reached = self.answered = False
+        self.answered = answered
+        self.reached = False
         self.failed_in_a_row = 0
         self.declines: Counter[str] = Counter()
         self.jitter = random.Random()

@@ -104,9 +104,7 @@ def encode(
     """
     if special is None:
         special = special_tokens(tokenizer)
-    turns = conversation
-    if template != "none":
-        turns = [{**turn, "content": mark(special, turn["content"])} for turn in conversation]
+    turns = conversation if template == "none" else _marked(special, conversation)
     if template == "chat":
         text = _render_chat(tokenizer, turns, chat_template_kwargs or {})
     elif template == "alpaca":
@@ -191,6 +189,10 @@ def after_thinking(text: str) -> str | None:
         else:
             return text[: marker.start()]
     return text
+
+
+def _marked(special: Mapping[int, str], conversation: Conversation) -> Conversation:
+    return [{**turn, "content": mark(special, turn["content"])} for turn in conversation]
 
 
 def _render_chat(
