@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from lox_hf.cli.config_file import merge_file
 from lox_hf.cli.options import (
     add_config_options,
     add_input_options,
@@ -11,7 +12,6 @@ from lox_hf.cli.options import (
     default_output,
     describe,
     make_config,
-    merge_file,
 )
 
 

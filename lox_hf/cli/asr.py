@@ -5,14 +5,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lox_hf.cli.options import (
-    add_loading_options,
-    add_model_options,
-    default_output,
-    load_for_running,
-    merge_file,
-    refuse_without,
-)
+from lox_hf.cli.config_file import merge_file, refuse_without
+from lox_hf.cli.options import add_loading_options, add_model_options, default_output, load_for_running
 from lox_hf.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -110,24 +104,29 @@ def run(options: argparse.Namespace) -> None:
 
 def _judges(options: argparse.Namespace) -> "list[Judge]":
     from lox_hf.evaluation.judges import get_judge
-    from lox_hf.evaluation.judges.rubric import RubricJudge
 
     names = options.judge or ["refusal"]
-    names = list(map(str, names)) if isinstance(names, list) else [str(names)]  # YAML may give one
     rubrics = [name for name in names if name.startswith("rubric:") and name != "rubric:"]
-    settings = {
-        "base_url": options.judge_endpoint,
-        "api_key_env": options.judge_key_env,
-        "template": options.rubric,
-    }
-    if not rubrics and any(settings.values()):
+    if not rubrics and (options.judge_endpoint or options.judge_key_env or options.rubric):
         raise ConfigError(
             "--judge-endpoint, --judge-key-env and --rubric belong to a judge 'rubric:MODEL': name one with --judge."
         )
-    return [
-        RubricJudge.from_endpoint(name.removeprefix("rubric:"), **settings) if name in rubrics else get_judge(name)
-        for name in names
-    ]
+    return [_rubric_judge(name, options) if name in rubrics else get_judge(name) for name in names]
+
+
+def _rubric_judge(name: str, options: argparse.Namespace) -> "Judge":
+    """A model at an endpoint, or in a folder of this machine."""
+    from lox_hf.evaluation.judges import is_folder
+    from lox_hf.evaluation.judges.rubric import RubricJudge
+
+    model = name.removeprefix("rubric:")
+    if is_folder(model) and not options.judge_endpoint:
+        from lox_hf.evaluation.models.loading import load_model
+
+        return RubricJudge.from_model(*load_model(model), template=options.rubric)
+    return RubricJudge.from_endpoint(
+        model, base_url=options.judge_endpoint, api_key_env=options.judge_key_env, template=options.rubric
+    )
 
 
 def _chat_model(options: argparse.Namespace) -> "ChatModel":

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lox_hf.cli.config_file import merge_file
 from lox_hf.cli.options import (
     add_config_options,
     add_input_options,
@@ -13,7 +14,6 @@ from lox_hf.cli.options import (
     default_output,
     describe,
     make_config,
-    merge_file,
 )
 
 if TYPE_CHECKING:

@@ -5,14 +5,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lox_hf.cli.options import (
-    add_loading_options,
-    add_model_options,
-    default_output,
-    load_for_running,
-    merge_file,
-    refuse_without,
-)
+from lox_hf.cli.config_file import merge_file, refuse_without
+from lox_hf.cli.options import add_loading_options, add_model_options, default_output, load_for_running
 from lox_hf.errors import ConfigError
 
 if TYPE_CHECKING:

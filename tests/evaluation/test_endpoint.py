@@ -38,7 +38,6 @@ def test_a_request_says_what_was_set():
     assert endpoint.settings() == sent | {
         "base_url": server.base_url,
         "max_new_tokens": 5,
-        "keep_thinking": False,
     }
 
 
@@ -220,10 +219,10 @@ def test_answers_that_are_none(answer, error):
     assert (reply.text, reply.transient) == ("", True)
 
 
-def test_a_thinking_part_is_kept_where_it_is_wanted():
+def test_a_thinking_part_is_removed_and_still_there_for_who_asks():
     with EndpointServer(lambda body: "<think>so</think>Yes.") as server:
-        assert only(server, keep_thinking=True).text == "<think>so</think>Yes."
-        assert only(server).text == "Yes."
+        reply = only(server)
+    assert (reply.text, reply.raw) == ("Yes.", "<think>so</think>Yes.")
 
 
 def test_an_answer_at_the_limit_is_marked():

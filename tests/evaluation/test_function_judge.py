@@ -42,7 +42,7 @@ def labels(judge: Judge) -> list[str]:
         [Verdict("complied"), Verdict("refused", "so it is")],
         {0: Verdict("complied"), 1: Verdict("refused")}.values(),
     ],
-    ids=str,
+    ids=["list", "tuple", "iterator", "bools", "ints", "tensor", "column", "labels", "verdicts", "view"],
 )
 def test_yes_and_no_are_understood_however_they_are_written(items: Any) -> None:
     assert labels(returning(items)) == ["complied", "refused"]

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from lox_hf.errors import ConfigError
+from lox_hf.errors import ConfigError, PromptError
 from lox_hf.evaluation.judges.template import read_template
 from lox_hf.evaluation.models.chat import ChatModel, Conversation, Reply, ask
 from lox_hf.evaluation.models.endpoint import Endpoint
@@ -123,8 +123,8 @@ class RubricJudge:
         Raises:
             ConfigError: If a setting of the endpoint or the template is not right, or there is no key.
         """
-        form: dict[str, Any] = {"response_format": VERDICT_FORMAT, "keep_thinking": True}
-        chat = Endpoint(model, base_url=base_url, max_new_tokens=max_new_tokens, **form | options)
+        form: dict[str, Any] = {"response_format": VERDICT_FORMAT, "max_new_tokens": max_new_tokens}
+        chat = Endpoint(model, base_url=base_url, **form | options)
         return cls(chat, template=template)
 
     @classmethod
@@ -177,8 +177,12 @@ class RubricJudge:
             Position and verdict, each as soon as it is known and in any order; every position once.
         """
         conversations = [self._question(*texts) for texts in zip(prompts, responses, strict=True)]
-        for position, reply in self.model.replies(conversations, done):
-            yield position, _verdict(reply, prompts[position], responses[position])
+        try:
+            for position, reply in self.model.replies(conversations, done):
+                yield position, _verdict(reply, prompts[position], responses[position])
+        except PromptError as error:  # all are too long, which is no reason to lose the verdicts of other prompts
+            unread = Verdict("unscored", f"the judge can read none of the responses: {error}")
+            yield from ((position, unread) for position in range(len(conversations)))
 
     def _question(self, prompt: str, response: str) -> Conversation:
         code = _code(prompt, response)
@@ -210,12 +214,14 @@ def _verdict(reply: Reply, prompt: str, response: str) -> Verdict:
     """The verdict of a reply. The judge's own reason stays in `raw`: it may quote, and reports are published."""
     if reply.error:
         return Verdict("unscored", f"the judge did not answer: {reply.error}", transient=reply.transient)
+    # Not `text`: where it quotes the mark that ends thinking, its reason would be cut there.
+    said = reply.raw or reply.text
     try:
-        score = _score(reply.text, (prompt, response))
+        score = _score(said, (prompt, response))
     except ValueError as error:
         cut_off = ", cut off by max_new_tokens," if reply.cut_off else ""
-        return Verdict("unscored", f"the judge's answer{cut_off} {error}", raw=reply.text)
-    return Verdict("complied" if score == max(SCORES) else "refused", score=score, raw=reply.text)
+        return Verdict("unscored", f"the judge's answer{cut_off} {error}", raw=said)
+    return Verdict("complied" if score == max(SCORES) else "refused", score=score, raw=said)
 
 
 def _score(answer: str, texts: Sequence[str]) -> int:

@@ -1,7 +1,7 @@
 """What answers conversations: a model in this process, or an endpoint; the same to its callers."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
 
@@ -24,12 +24,14 @@ class Reply:
         cut_off: It was ended by the limit of new tokens.
         error: Why there is no answer; empty where there is one.
         transient: The error may be gone next time (an endpoint that did not answer).
+        raw: The answer with its thinking part, for who reads it in another way.
     """
 
     text: str
     cut_off: bool = False
     error: str = ""
     transient: bool = False
+    raw: str = field(default="", repr=False, compare=False)
 
 
 class ChatModel(Protocol):

@@ -43,7 +43,6 @@ class Endpoint:
         retries: How often a request is tried again.
         seed: Seed for servers that draw even at temperature 0; None sends none.
         response_format: Form of the answers as the API describes it, such as a JSON schema; None leaves it free.
-        keep_thinking: Leave the thinking part that stands before an answer in it.
         extra_body: More fields of every request. They are written into reports: no secrets here.
 
     Attributes:
@@ -74,7 +73,6 @@ class Endpoint:
         retries: int = 8,
         seed: int | None = 42,
         response_format: dict[str, Any] | None = None,
-        keep_thinking: bool = False,
         extra_body: dict[str, Any] | None = None,
     ) -> None:
         self.name = model
@@ -83,11 +81,10 @@ class Endpoint:
         self.api_key_env = api_key_env or (None if self.is_named else OPENAI_KEY_ENV)
         self._needs_key = api_key_env is not None or self.base_url == OPENAI_URL
         self.concurrency, self.timeout_s, self.retries = concurrency, timeout_s, retries
-        self.keep_thinking = keep_thinking
         wanted = {"temperature": 0, "seed": seed, "response_format": response_format, **(extra_body or {})}
         given = {name: value for name, value in wanted.items() if value is not None}
         self.options: dict[str, Any] = {"max_completion_tokens": max_new_tokens, **given}
-        own = {"base_url": self.base_url, "max_new_tokens": max_new_tokens, "keep_thinking": keep_thinking}
+        own = {"base_url": self.base_url, "max_new_tokens": max_new_tokens}
         self._settings = own | given
         self._check(max_new_tokens)
 

@@ -139,7 +139,7 @@ class Session:
         except openai.OpenAIError as error:
             return self._failure(error)
         self.reached = True
-        return _read(answer, self.endpoint.keep_thinking)
+        return _read(answer)
 
     def _failure(self, error: "OpenAIError") -> "_Failure":
         """What the client's error says; the error itself is dropped, as it may repeat the key."""
@@ -226,7 +226,7 @@ def _own_headers(key: str) -> dict[str, Any]:
     return {name: openai.Omit() for name in names} | {"Authorization": f"Bearer {key}"}
 
 
-def _read(answer: Any, keep_thinking: bool) -> Reply | _Failure:
+def _read(answer: Any) -> Reply | _Failure:
     """The reply out of a completion; nothing in it is taken on trust."""
     try:
         choice = answer["choices"][0] if answer["choices"] else {"message": {}, "finish_reason": "no choice"}
@@ -236,13 +236,13 @@ def _read(answer: Any, keep_thinking: bool) -> Reply | _Failure:
         return _Failure("the answer is no chat completion", may_pass=True)
     if not isinstance(text, str):
         return _Failure("the answer is no text")
-    text = text if keep_thinking else after_thinking(text) or ""
-    text = text.strip().encode("utf-8", "replace").decode()
+    raw = text.encode("utf-8", "replace").decode()
+    text = (after_thinking(raw) or "").strip()
     if not text and ended in ("no choice", "content_filter"):
         return _held_back(ended)
     if not text and ended == "length":
         return _Failure("no answer within the limit of new tokens, in which thinking counts: raise max_new_tokens")
-    return Reply(text, cut_off=ended == "length")
+    return Reply(text, cut_off=ended == "length", raw=raw)
 
 
 def _held_back(reason: str) -> _Failure:

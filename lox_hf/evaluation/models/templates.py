@@ -150,17 +150,18 @@ def read_answer(
     if special is None:
         special = special_tokens(tokenizer)
     final = _final_channel(tokenizer, special, generated)
-    text = None
+    text, raw = None, ""
     if final is not None:
         opening = _open_thinking(_text(tokenizer, special, prompt[-_OPENING_TOKENS:]))
-        text = after_thinking(opening + _text(tokenizer, special, final))
+        raw = _text(tokenizer, special, final)
+        text = after_thinking(opening + raw)
     if text is None and cut_off:
         error = (
             f"the thinking part did not end within {len(generated)} new tokens: raise max_new_tokens, or pass "
             'chat_template_kwargs={"enable_thinking": False} where the chat template knows it'
         )
         return Reply("", cut_off, error)
-    return Reply((text or "").strip(), cut_off)
+    return Reply((text or "").strip(), cut_off, raw=raw)
 
 
 def after_thinking(text: str) -> str | None:
