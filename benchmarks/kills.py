@@ -33,7 +33,7 @@ def killed_runs(work_dir: Path, model: Path, prompts: Path, seed: int = 0) -> It
     whole, killed = work_dir / "run-whole", work_dir / "run-killed"
     for folder in (whole, killed):
         shutil.rmtree(folder, ignore_errors=True)
-    with endpoint.server({"latency_s": endpoint.LATENCY_S}) as judge:
+    with endpoint.server({"latency_s": endpoint.LATENCY_S, "rates": {}, "seed": 0}) as judge:
         command = _command(model, prompts, judge["base_url"])
         _run(command, whole)
         total = _lines_on_disk(whole)

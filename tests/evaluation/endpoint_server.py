@@ -139,8 +139,10 @@ def drawn(rates: Mapping[str, float], seed: int = 0) -> Faults:
 
 
 def numbered_verdict(body: Mapping[str, Any]) -> str:
-    """A judge's answer whose score follows from the number in "answer 17", so that a mix-up shows."""
-    number = int(re.findall(r"answer (\d+)", body["messages"][-1]["content"])[-1])
+    """A judge's answer whose score follows from the number in "answer 17", or else from what was sent at all."""
+    content = body["messages"][-1]["content"]
+    numbers = re.findall(r"answer (\d+)", content)
+    number = int(numbers[-1]) if numbers else sum(content.encode())
     return json.dumps({"reason": "by number", "score": 1 + number % 5})
 
 
