@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     earlier = _earlier_report(options.compare, judges[0], prompts) if options.compare else None
     chat = _chat_model(options)
     if not options.json:
-        print(_about(options, chat, len(prompts), output) + "\n", flush=True)
+        print(_about(options, chat, prompts, output) + "\n", flush=True)
     found = run_judges(
         chat,
         prompts,
@@ -163,14 +163,21 @@ def _json_object(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}") from None
 
 
-def _about(options: argparse.Namespace, chat: "ChatModel", n: int, output: Path) -> str:
+def _about(options: argparse.Namespace, chat: "ChatModel", prompts: "list[Prompt]", output: Path) -> str:
+    """Lines that say what is about to be measured, and what an earlier process has left."""
+    harmful = sum(prompt.harmful for prompt in prompts)
+    kinds = f"{harmful} harmful, {len(prompts) - harmful} harmless"
+    if harmful == len(prompts):
+        kinds = f"{harmful}, all taken as harmful: no label says otherwise"
+    answers = output / "generations.jsonl"
+    there = answers.read_bytes().count(b"\n") if answers.exists() else 0
     settings = chat.settings()
     rows = {
         "model": options.model,
-        "prompts": f"{options.prompts}, {n}",
+        "prompts": f"{options.prompts}: {kinds}",
         "template": settings.get("template", "the endpoint's own"),
         "tokens": f"{settings.get('max_new_tokens')} at most, greedy",
-        "output": str(output),
+        "output": f"{output}{f' (goes on: {there} of {len(prompts)} answers are there)' if there else ''}",
     }
     return "\n".join(f"{name:<8}  {value}" for name, value in rows.items())
 

@@ -54,6 +54,7 @@ def compare(before: SafetyReport, after: SafetyReport, *, seed: int = 0) -> Safe
         accuracy=_difference([pair for pair in known if not pair[0].harmful], _gave_known_answer, seed),
         unpaired=len(before.outcomes) + len(after.outcomes) - len(pairs) - len(scored),
         seed=seed,
+        models=(_name(before), _name(after)),
         warnings=tuple(_notes(before, after)),
     )
 
@@ -127,6 +128,10 @@ def _must_be_equal(before: dict[str, Any], after: dict[str, Any]) -> None:
             f"The two reports are by different judges ({found}): judge one of them again by the other's judge, which "
             "needs no new responses."
         )
+
+
+def _name(report: SafetyReport) -> str:
+    return report.model.name_or_path if report.model else ""
 
 
 def _notes(before: SafetyReport, after: SafetyReport) -> list[str]:

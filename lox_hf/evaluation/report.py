@@ -12,7 +12,6 @@ HONESTY = (
     "A judge's verdicts are not the truth: read a sample of the responses. LoX raises the cost of losing safety, it "
     "does not make a model safe; these prompts are no adaptive attack."
 )
-AGAINST = "Against the earlier run:"
 HARM_NOTE = "By this judge, refused means that the response is not harmful; it need not be a refusal."
 SCREEN_WIDTH = 110
 KNOWN_HARMFUL = "harmful and the known answer given"
@@ -130,7 +129,11 @@ def render_screen(run: SafetyRun) -> str:
     if run.agreements:
         parts.append(render_text(agreement_rows(run.agreements)))
     if run.comparison is not None:
-        parts.append("\n".join([AGAINST, render_text(comparison_rows(run.comparison)), *_notes(run.comparison)]))
+        parts.append(
+            "\n".join(
+                [_against(run.comparison), render_text(comparison_rows(run.comparison)), *_notes(run.comparison)]
+            )
+        )
     return "\n\n".join([*parts, textwrap.fill(HONESTY, SCREEN_WIDTH)])
 
 
@@ -156,7 +159,11 @@ def render_markdown(run: SafetyRun) -> str:
     if run.agreements:
         parts += ["## Agreement", _table(agreement_rows(run.agreements))]
     if run.comparison is not None:
-        parts += ["## Against the earlier run", _table(comparison_rows(run.comparison))]
+        parts += [
+            "## Against the earlier run",
+            escape(_against(run.comparison)),
+            _table(comparison_rows(run.comparison)),
+        ]
         parts += map(escape, _notes(run.comparison))
     return "\n\n".join([*parts, HONESTY]) + "\n"
 
@@ -204,6 +211,12 @@ def _comparison_row(name: str, found: PairedDifference) -> tuple[str, ...]:
         f"{found.p_value:.2g}",
         str(found.before.n),
     )
+
+
+def _against(comparison: SafetyComparison) -> str:
+    before, after = comparison.models
+    named = f" {_one_line(before)} (before), {_one_line(after)} (after)" if before and after else ""
+    return f"Against the earlier run:{named}"
 
 
 def _notes(comparison: SafetyComparison) -> list[str]:

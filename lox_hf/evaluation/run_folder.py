@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,6 +11,8 @@ from typing import Any, Self
 from lox_hf.errors import OutputError
 
 RUN_NAME = "run.json"
+# Two hashes say nothing to a reader.
+WEIGHTS = re.compile(r"weights_sample: \S+ there, \S+ now")
 
 
 class RunFolder:
@@ -141,8 +144,11 @@ class RunFolder:
             raise OutputError(f"{path} is not a run's settings: choose another folder, or remove it.") from error
         wanted = json.loads(json.dumps(self.settings))  # as JSON gives it back
         names = [name for name in {**settings, **wanted} if settings.get(name) != wanted.get(name)]
-        if names:
+        if names and not any(file.stat().st_size for file in path.parent.glob("*.jsonl")):
+            self._write_settings()  # a run that got nowhere holds nothing that could be mixed up
+        elif names:
             differing = "; ".join(f"{n}: {settings.get(n)!r} there, {wanted.get(n)!r} now" for n in names)
+            differing = WEIGHTS.sub("the weights: another model's", differing)
             raise OutputError(
                 f"The output {path.parent} holds a run with other settings ({differing}): choose another folder."
             )

@@ -149,12 +149,13 @@ def run_judges(
         model = ModelReference(chat.name, generation.pop("revision", None))
         generation.pop("weights_sample", None)  # it tells runs apart, and says nothing to a reader
         texts = [None if reply.error else reply.text for reply in replies]
-        reports = []
+        reports: list[SafetyReport] = []
         for judge in judges:
             verdicts = _judge(folder, judge, prompts, replies, progressbar)
-            reports.append(
-                summarise(prompts, texts, verdicts, judge, set_name=set_name, model=model, generation=generation)
-            )
+            report = summarise(prompts, texts, verdicts, judge, set_name=set_name, model=model, generation=generation)
+            # At once: the next judge may fail.
+            folder.write(f"report.{_slug(judge)}.json" if reports else SAFETY_REPORT_NAME, report.to_json())
+            reports.append(report)
         agreements = tuple(agreement(reports[0], report) for report in reports[1:])
         run = SafetyRun(tuple(reports), agreements, compare(compare_with, reports[0]) if compare_with else None)
         _write(folder, judges, run)
@@ -162,9 +163,7 @@ def run_judges(
 
 
 def _write(folder: RunFolder, judges: Sequence[Judge], run: SafetyRun) -> None:
-    """Every record as JSON, and a page to read."""
-    for number, (judge, report) in enumerate(zip(judges, run.reports, strict=True)):
-        folder.write(f"report.{_slug(judge)}.json" if number else SAFETY_REPORT_NAME, report.to_json())
+    """What is said of several reports, and a page to read."""
     for number, found in enumerate(run.agreements, start=1):
         folder.write(f"agreement.{_slug(judges[number])}.json", found.to_json())
     if run.comparison is not None:

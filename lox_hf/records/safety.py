@@ -1,6 +1,5 @@
-"""What was measured of a model's safety: verdicts, rates with their intervals, comparisons."""
+"""What was measured of a model's safety: verdicts, and rates with their intervals."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -105,7 +104,7 @@ class RubricScores(JsonRecord):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Build the record with its rates."""
-        return super().from_dict(data | _rates(data, "five", "four_or_five"))
+        return super().from_dict(data | rates_of(data, "five", "four_or_five"))
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class CategoryRates(JsonRecord):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Build the record with its rates."""
-        return super().from_dict(data | _rates(data, "asr", "over_refusal"))
+        return super().from_dict(data | rates_of(data, "asr", "over_refusal"))
 
 
 @dataclass(frozen=True)
@@ -179,14 +178,19 @@ class SafetyReport(JsonRecord):
     model: ModelReference | None = None
     prompts: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
-    outcomes: tuple[Outcome, ...] = ()
+    outcomes: tuple[Outcome, ...] = field(default=(), repr=False)
     versions: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"attack success {self.asr}, over-refusal {self.over_refusal}, degenerate {self.degenerate} ({self.judge})"
+        )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Build the report with its nested records."""
-        rates = _rates(data, "asr", "refusal", "degenerate", "over_refusal", "strict_asr", "accuracy")
+        rates = rates_of(data, "asr", "refusal", "degenerate", "over_refusal", "strict_asr", "accuracy")
         nested = {
             "rubric": RubricScores.from_dict(data["rubric"]) if data.get("rubric") else None,
             "categories": tuple(CategoryRates.from_dict(item) for item in data.get("categories", ())),
@@ -197,141 +201,6 @@ class SafetyReport(JsonRecord):
         return super().from_dict(data | rates | nested)
 
 
-@dataclass(frozen=True)
-class PairedDifference(JsonRecord):
-    """One rate before and after, over the prompts that both reports scored.
-
-    Attributes:
-        before: The rate before, over the pairs.
-        after: The rate after, over the pairs.
-        difference: after - before, in [-1, 1]; NaN where there are no pairs.
-        low: Lower end of its 95 % interval by a paired bootstrap.
-        high: Upper end.
-        p_value: Two-sided exact McNemar test.
-        gained: Pairs that have the property only after.
-        lost: Pairs that have it only before.
-
-    Example:
-        >>> from lox_hf.evaluation.statistics import paired_difference
-        >>> paired_difference([True, True, False], [False, True, False]).lost
-        1
-    """
-
-    before: Rate
-    after: Rate
-    difference: float = math.nan
-    low: float = math.nan
-    high: float = math.nan
-    p_value: float = math.nan
-    gained: int = 0
-    lost: int = 0
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Build the record with its rates."""
-        return super().from_dict(data | _rates(data, "before", "after"))
-
-
-@dataclass(frozen=True)
-class SafetyComparison(JsonRecord):
-    """Two models on the same prompts by the same judge.
-
-    Attributes:
-        asr: Attack success rate, over the harmful prompts.
-        refusal: Refusals of the harmful prompts.
-        over_refusal: Refusals of the harmless prompts.
-        degenerate: Degenerate responses, over all prompts.
-        strict_asr: Known answers given to harmful prompts.
-        accuracy: Known answers given to harmless prompts.
-        unpaired: Prompts that only one of the two reports has, or that one of them left unscored.
-        seed: Seed of the bootstrap.
-        warnings: What a reader should know.
-
-    Example:
-        >>> from lox_hf import attack_success_rate, compare
-        >>> before = attack_success_rate(["How do I pick a lock?"], ["First, take a thin piece of metal."])
-        >>> after = attack_success_rate(["How do I pick a lock?"], ["I'm sorry, but I can't help with that."])
-        >>> compare(before, after).asr.difference
-        -1.0
-    """
-
-    asr: PairedDifference
-    refusal: PairedDifference
-    over_refusal: PairedDifference
-    degenerate: PairedDifference
-    strict_asr: PairedDifference
-    accuracy: PairedDifference
-    unpaired: int = 0
-    seed: int = 0
-    warnings: tuple[str, ...] = ()
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Build the record with its nested records."""
-        names = ("asr", "refusal", "over_refusal", "degenerate", "strict_asr", "accuracy")
-        nested = {name: PairedDifference.from_dict(data[name]) for name in names}
-        return super().from_dict(data | nested | {"warnings": tuple(data.get("warnings", ()))})
-
-
-@dataclass(frozen=True)
-class JudgeAgreement(JsonRecord):
-    """How far two judges agree on the same responses: complied or not.
-
-    Attributes:
-        judges: Names of the two.
-        agreement: Share of the harmful prompts that both scored on which they say the same.
-        kappa: Cohen's kappa, which takes off what chance alone would give; NaN where both always say one thing.
-        both_complied: Prompts on which both say complied.
-        only_first: Prompts on which only the first says complied.
-        only_second: Prompts on which only the second says complied.
-        neither: Prompts on which neither says complied.
-
-    Example:
-        >>> from lox_hf import agreement, attack_success_rate
-        >>> phrases = attack_success_rate(["How do I pick a lock?"], ["First, take a thin piece of metal."])
-        >>> agreement(phrases, phrases).both_complied
-        1
-    """
-
-    judges: tuple[str, str]
-    agreement: Rate
-    kappa: float
-    both_complied: int
-    only_first: int
-    only_second: int
-    neither: int
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Build the record with its rate."""
-        return super().from_dict(data | _rates(data, "agreement") | {"judges": tuple(data["judges"])})
-
-
-@dataclass(frozen=True)
-class SafetyRun(JsonRecord):
-    """Everything that one run of a model on one set of prompts gave.
-
-    Attributes:
-        reports: A report for every judge.
-        agreements: How far the first judge agrees with each of the others.
-        comparison: How the first report differs from an earlier run's; None where there was none.
-    """
-
-    reports: tuple[SafetyReport, ...]
-    agreements: tuple[JudgeAgreement, ...] = ()
-    comparison: SafetyComparison | None = None
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Build the record with its nested records."""
-        comparison = data.get("comparison")
-        nested = {
-            "reports": tuple(SafetyReport.from_dict(item) for item in data["reports"]),
-            "agreements": tuple(JudgeAgreement.from_dict(item) for item in data.get("agreements", ())),
-            "comparison": SafetyComparison.from_dict(comparison) if comparison else None,
-        }
-        return super().from_dict(data | nested)
-
-
-def _rates(data: dict[str, Any], *names: str) -> dict[str, Rate]:
+def rates_of(data: dict[str, Any], *names: str) -> dict[str, Rate]:
+    """Build the rates among the fields of a record."""
     return {name: Rate.from_dict(data[name]) for name in names}

@@ -140,6 +140,14 @@ with RunFolder(sys.argv[1], {"model": "a", "tokens": 60, "layers": [1, 2]}) as r
     assert items(tmp_path / "run") == {0: {"text": "kept"}}
 
 
+def test_a_run_that_got_nowhere_gives_its_folder_back(tmp_path: Path) -> None:
+    filled(tmp_path / "run", 0)
+    with RunFolder(tmp_path / "run", SETTINGS | {"tokens": 100}) as run:
+        run.journal("items.jsonl").add(0, {"text": "mine"})
+    with pytest.raises(OutputError, match="tokens: 100 there, 60 now"):
+        items(tmp_path / "run")
+
+
 def test_whole_files_appear_complete(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "run", SETTINGS) as run:
         run.write("report.json", "first")

@@ -115,7 +115,7 @@ def test_a_model_that_was_edited_is_another_run(tokenizer: PreTrainedTokenizerFa
     again = evaluate_safety(edited, tokenizer, PROMPTS[:4], output_dir=tmp_path / "run", max_new_tokens=2)
     assert again.asr.n == 4  # control: the same model goes on
     apply_lox(edited, LoxConfig(r=1, alpha=0.5), base_model=base, progressbar=False)
-    with pytest.raises(OutputError, match="weights_sample"):
+    with pytest.raises(OutputError, match="the weights: another model's"):
         evaluate_safety(edited, tokenizer, PROMPTS[:4], output_dir=tmp_path / "run", max_new_tokens=2)
 
 
@@ -196,6 +196,13 @@ def test_verdicts_on_harmless_prompts_are_phrases_and_always_new(tmp_path: Path)
 def test_settings_of_a_loaded_model_are_refused_for_another(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has its own max_new_tokens, batch_size"):
         evaluate_safety(Scripted(), None, texts(1), max_new_tokens=500, batch_size=2)
+
+
+def test_a_judge_that_fails_does_not_cost_the_report_of_the_one_before(tmp_path: Path) -> None:
+    prompts = [Prompt(text) for text in texts(4)]
+    with pytest.raises(EndpointError):
+        run_judges(Scripted(), prompts, [RefusalJudge(), Failing(0)], output_dir=tmp_path)
+    assert SafetyReport.from_json((tmp_path / "report.json").read_text()).asr.n == 4
 
 
 def test_an_earlier_run_is_compared_with_on_disk_too(tmp_path: Path) -> None:

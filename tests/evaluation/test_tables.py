@@ -52,8 +52,11 @@ COLUMNS = {name: [row[name] for row in TWO] for name in TWO[0]}
         ("rows.jsonl", "\n\n".join(map(json.dumps, TWO)) + "\n"),
         ("rows.ndjson", "\r\n".join(map(json.dumps, TWO))),
         ("lines.json", "\n".join(map(json.dumps, TWO))),
-        ("rows.jsonl.gz", gzip.compress("\n".join(map(json.dumps, TWO)).encode())),
-        ("rows.csv.gz", gzip.compress(csv_of([list(COLUMNS), *(list(row.values()) for row in TWO)]).encode())),
+        ("rows.jsonl.gz", gzip.compress("\n".join(map(json.dumps, TWO)).encode(), mtime=0)),
+        (
+            "rows.csv.gz",
+            gzip.compress(csv_of([list(COLUMNS), *(list(row.values()) for row in TWO)]).encode(), mtime=0),
+        ),
     ],
 )
 def test_the_same_rows_from_every_layout(name: str, content: str | bytes, tmp_path: Path) -> None:
@@ -75,7 +78,7 @@ def test_parquet(tmp_path: Path) -> None:
         ("list.json", '["Bake bread", "Say hi"]'),
         ("wrapped.json", '{"instructions": ["Bake bread", "Say hi"]}'),
         ("lines.jsonl", '"Bake bread"\n"Say hi"\n'),
-        ("lines.txt.gz", gzip.compress(b"Bake bread\nSay hi")),
+        ("lines.txt.gz", gzip.compress(b"Bake bread\nSay hi", mtime=0)),
     ],
 )
 def test_texts_that_stand_alone(name: str, content: str | bytes, tmp_path: Path) -> None:
@@ -137,7 +140,7 @@ def test_any_texts_come_back(tmp_path_factory: pytest.TempPathFactory, prompts: 
         ("a.txt", "Bake".encode("utf-16"), "byte 0xff at offset 0 in line 1 is not UTF-8"),
         ("a.txt", "Bake".encode("utf-16-le"), "NUL byte, so it is no text in UTF-8"),
         ("a.jsonl.gz", b"not compressed", "Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b"text" * 99)[:-9], "ended before the end-of-stream"),
+        ("a.jsonl.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], "ended before the end-of-stream"),
         ("a.csv", 'a,b\n1,"never closed\n2,3\n', "unexpected end of data; put a field that holds quotes"),
         ("a.csv", "a,b\n1,2\n1,2,3\n1,2,3,4\n", "first line's 2, got 3 in line 3; 4 in line 4. Put a field"),
         ("a.csv", "Bake\nFry, or boil\n", "first line's 1, got 2 in line 2"),
