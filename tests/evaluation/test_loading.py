@@ -259,7 +259,7 @@ REMOTE = '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoMo
         (write("config.json", '{"model_type": "nonsense"}'), "`nonsense`"),
         (write("config.json", REMOTE), "Pass trust_remote_code if you have read that code and trust it."),
         (lose("config.json"), "Should have a `model_type` key in its config.json"),
-        (lose("model*"), "no file named model.safetensors"),
+        (lose("model*"), "has no safetensors file"),
         (lose("model-00003*"), "model-00003-of-00015.safetensors"),
         (write("model-00003-of-00015.safetensors", "cut"), "deserializing header"),
         (shorten_index, "do not fit its config: model.layers.1.mlp.up_proj.weight: missing."),
@@ -318,12 +318,8 @@ def test_the_hub(folder: Path, tmp_path: Path) -> None:
     pickled = {name: data for name, data in files.items() if not name.startswith("model")}
     with FakeHub("hf_TheSecretOfThisTest") as hub:
         hub.repos |= {"org/model": Repo(), "org/pickled": Repo(), "org/gated": Repo(gated=True)}
-        commits = [
-            hub.repos["org/model"].commit(files),
-            hub.repos["org/pickled"].commit(
-                pickled | {"pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes()}
-            ),
-        ]
+        commit = hub.repos["org/model"].commit(files)
+        hub.repos["org/pickled"].commit(pickled | {"pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes()})
         hub.repos["org/gated"].commit(files)
         asked = [("org/model", {}), ("org/pickled", {}), ("org/gated", {}), ("org/gone", {})]
         asked += [("org/model", {"revision": "v9"}), ("org/gone", {"token": "hf_AnotherSecret"})]
@@ -339,8 +335,8 @@ def test_the_hub(folder: Path, tmp_path: Path) -> None:
         )
     assert done.returncode == 0, done.stderr
     loaded, from_pickle, gated, gone, revision, wrong_token = json.loads(done.stdout.splitlines()[-1])
-    assert loaded == ["org/model", commits[0], 192]
-    assert from_pickle == ["org/pickled", commits[1], 192]
+    assert loaded == ["org/model", commit, 192]
+    assert "CheckpointError: 'org/pickled' has no safetensors file; pickles" in from_pickle
     assert "CheckpointError: 'org/gated' is gated" in gated
     assert "neither a folder on this machine nor a model on the Hub" in gone
     assert "has no revision 'v9'" in revision

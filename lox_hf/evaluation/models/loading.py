@@ -39,7 +39,6 @@ OTHER_HEADS = {
     "sequence-classification": re.compile(r"For(?!SequenceClassification)[A-Z]"),
 }
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-PICKLES = ["*.bin"]
 
 
 def load_model(
@@ -123,8 +122,11 @@ def _load(
 
 def _resolve(name: str | Path, revision: str | None, token: str | bool | None) -> Resolved:
     files = resolve(name, revision=revision, token=token)
-    if not any(files.folder.glob("*.safetensors")):  # older repositories hold pickles only
-        resolve(name, revision=files.reference.revision, token=token, files=PICKLES)
+    if not any(files.folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"'{name}' has no safetensors file; pickles, which can run code when they are read, are not loaded. "
+            "Convert it once: load it with AutoModelForCausalLM.from_pretrained and save it with save_pretrained."
+        )
     return files
 
 
@@ -187,6 +189,7 @@ def _load_weights(
             dtype=placed["dtype"],
             device_map=device if mapped else None,
             trust_remote_code=trust,
+            use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
