@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from lox_hf.evaluation.models.chat import ask
-from lox_hf.evaluation.models.local import LocalModel
 from small_models import (
     NEW_TOKENS,
     OTHERS,
@@ -26,6 +24,8 @@ from transformers import PreTrainedModel
 
 import zoo
 from lox_hf.errors import LoxError
+from lox_hf.evaluation.models.chat import ask
+from lox_hf.evaluation.models.local import LocalModel
 
 KINDS = ("llama", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3", "mixtral", "gpt_oss", *OTHERS)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from lox_hf.evaluation.data.gsm8k import Question, last_number, load_questions, number_after_marker, questions_hash
 
 from fake_hub import FakeHub, Repo
 from lox_hf.errors import ConfigError, PromptError
+from lox_hf.evaluation.data.gsm8k import Question, last_number, load_questions, number_after_marker, questions_hash
 
 DATA = Path(os.environ.get("LOX_HF_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "gsm8k_test.jsonl"
 

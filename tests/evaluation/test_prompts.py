@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lox_hf.evaluation.data.prompts import Prompt, load_prompts, prompt_id, set_hash
 
 from lox_hf.errors import ConfigError, PromptError
+from lox_hf.evaluation.data.prompts import Prompt, load_prompts, prompt_id, set_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("LOX_HF_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from lox_hf.evaluation.data.sets import PROMPT_SETS
 
 from fake_hub import FakeHub, Repo
+from lox_hf.evaluation.data.sets import PROMPT_SETS
 
 TOKEN = "hf_TheSecretOfThisTest"
 ROOT = Path(__file__).resolve().parents[2]

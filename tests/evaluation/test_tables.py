@@ -13,9 +13,9 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lox_hf.evaluation.data.tables import TEXT, read_rows
 
 from lox_hf.errors import PromptError
+from lox_hf.evaluation.data.tables import TEXT, read_rows
 
 # What UTF-8 can write, without NUL; such texts are not blank.
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0")).filter(str.strip)
