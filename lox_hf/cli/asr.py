@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lox_hf.cli.config_file import merge_file, refuse_without
 from lox_hf.cli.options import add_loading_options, add_model_options, default_output, load_for_running
 from lox_hf.errors import CheckpointError, ConfigError
+from lox_hf.evaluation.models.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from lox_hf.evaluation.data.prompts import Prompt
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 DESCRIPTION = """Let a model answer harmful prompts greedily, judge the answers, and print the attack success rate with
 its 95 % interval; prompts that are labelled safe give over-refusal. A killed run goes on where it was. Keys are read
 from the environment (OPENAI_API_KEY for OpenAI) and are never stored."""
-TEMPLATES = ("auto", "chat", "alpaca", "none")
 LOADED_ONLY = ("template", "dtype", "device", "batch_size", "model_revision", "trust_remote_code")
 """What is the server's business where the model is at an endpoint."""
 
