@@ -55,5 +55,5 @@ $(VENV)/.ready-run: pyproject.toml constraints.txt
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && \
 		$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
 	$(PIP) install '$(TORCH)'
-	$(PIP) install -c constraints.txt -e '.[peft,eval]'
+	$(PIP) install -c constraints.txt -e '.[peft,eval,trl,plot]'
 	@touch $@

@@ -11,9 +11,12 @@ from lox_hf.version import __version__
 __all__ = [
     "AccuracyReport",
     "AlreadyHardenedError",
+    "Attack",
     "CheckpointError",
     "ClassifierJudge",
     "ConfigError",
+    "ControlTraining",
+    "DriftReading",
     "Endpoint",
     "EndpointError",
     "HardeningPlan",
@@ -35,6 +38,9 @@ __all__ = [
     "SafetyComparison",
     "SafetyReport",
     "SafetySubspace",
+    "StressConfig",
+    "StressPlan",
+    "StressReport",
     "TensorPlan",
     "TensorReport",
     "UnsupportedModelError",
@@ -46,6 +52,7 @@ __all__ = [
     "compare",
     "evaluate_safety",
     "extract_lox_adapter",
+    "get_attack",
     "get_lox_model",
     "gsm8k_accuracy",
     "harden_checkpoint",
@@ -54,7 +61,10 @@ __all__ = [
     "load_prompts",
     "perplexity",
     "plan_hardening",
+    "plan_stress",
+    "read_drift",
     "revert_lox",
+    "stress_test",
 ]
 
 _HOMES = {
@@ -105,6 +115,7 @@ _HOMES = {
     "metrics": ("load_metric",),
     "records": (
         "AccuracyReport",
+        "DriftReading",
         "HardeningPlan",
         "HardeningReport",
         "JudgeAgreement",
@@ -114,11 +125,20 @@ _HOMES = {
         "Rate",
         "SafetyComparison",
         "SafetyReport",
+        "StressPlan",
+        "StressReport",
         "TensorPlan",
         "TensorReport",
         "Verdict",
     ),
+    "robustness.attacks.recipe": ("Attack",),
+    "robustness.attacks.rows": ("get_attack",),
+    "robustness.controls": ("ControlTraining",),
+    "robustness.plan": ("plan_stress",),
+    "robustness.settings": ("StressConfig",),
+    "robustness.stress": ("stress_test",),
     "subspace": ("SafetySubspace",),
+    "training.monitor": ("read_drift",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -151,6 +171,7 @@ if TYPE_CHECKING:
     from lox_hf.metrics import load_metric
     from lox_hf.records import (
         AccuracyReport,
+        DriftReading,
         HardeningPlan,
         HardeningReport,
         JudgeAgreement,
@@ -160,11 +181,20 @@ if TYPE_CHECKING:
         Rate,
         SafetyComparison,
         SafetyReport,
+        StressPlan,
+        StressReport,
         TensorPlan,
         TensorReport,
         Verdict,
     )
+    from lox_hf.robustness.attacks.recipe import Attack
+    from lox_hf.robustness.attacks.rows import get_attack
+    from lox_hf.robustness.controls import ControlTraining
+    from lox_hf.robustness.plan import plan_stress
+    from lox_hf.robustness.settings import StressConfig
+    from lox_hf.robustness.stress import stress_test
     from lox_hf.subspace import SafetySubspace
+    from lox_hf.training.monitor import read_drift
 
 
 def __getattr__(name: str) -> Any:

@@ -102,7 +102,7 @@ def render_text(rows: Rows) -> str:
     Returns:
         The table, a line a row.
     """
-    clean = [tuple(_one_line(cell) for cell in row) for row in rows]
+    clean = [tuple(one_line(cell) for cell in row) for row in rows]
     widths = [max(len(row[column]) for row in clean) for column in range(len(clean[0]))]
     lines = [
         "  ".join(cell.ljust(width) if not number else cell.rjust(width) for number, (cell, width) in enumerate(cells))
@@ -122,7 +122,7 @@ def render_screen(run: SafetyRun) -> str:
     """
     parts = []
     for report in run.reports:
-        parts.append(f"Judge: {_one_line(report.judge)}\n{render_text(report_rows(report))}")
+        parts.append(f"Judge: {one_line(report.judge)}\n{render_text(report_rows(report))}")
         parts += [render_text(rows) for rows in (category_rows(report), unscored_rows(report)) if rows]
         if report.judge != report.over_refusal_judge:
             parts.append(HARM_NOTE)
@@ -153,16 +153,16 @@ def render_markdown(run: SafetyRun) -> str:
         **{name.replace("_", " "): value for name, value in first.generation.items() if value not in (None, {})},
         "versions": ", ".join(f"{name} {version}" for name, version in first.versions.items()),
     }
-    parts = ["# Safety report", _table([("", ""), *((name, str(value)) for name, value in about.items())])]
+    parts = ["# Safety report", markdown_table([("", ""), *((name, str(value)) for name, value in about.items())])]
     for report in run.reports:
         parts += [f"## Judge: {escape(report.judge)}", *_judged(report)]
     if run.agreements:
-        parts += ["## Agreement", _table(agreement_rows(run.agreements))]
+        parts += ["## Agreement", markdown_table(agreement_rows(run.agreements))]
     if run.comparison is not None:
         parts += [
             "## Against the earlier run",
             escape(_against(run.comparison)),
-            _table(comparison_rows(run.comparison)),
+            markdown_table(comparison_rows(run.comparison)),
         ]
         parts += map(escape, _notes(run.comparison))
     return "\n\n".join([*parts, HONESTY]) + "\n"
@@ -177,20 +177,20 @@ def escape(text: str) -> str:
     Returns:
         One line; what GitHub or the Hub would make a link, a mention or mathematics of stands as entities.
     """
-    line = html.escape(_one_line(text), quote=False)
+    line = html.escape(one_line(text), quote=False)
     line = re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
     line = re.sub(r":(?=//)|[@$]", lambda sign: f"&#{ord(sign[0])};", line)
     return re.sub(r"(?i)\bwww\.", "www&#46;", line)
 
 
 def _judged(report: SafetyReport) -> list[str]:
-    parts = [_table(report_rows(report))]
+    parts = [markdown_table(report_rows(report))]
     if report.judge != report.over_refusal_judge:
         parts.append(HARM_NOTE)
     if rows := category_rows(report):
-        parts.append(_table(rows))
+        parts.append(markdown_table(rows))
     if rows := unscored_rows(report):
-        parts.append(_table(rows))
+        parts.append(markdown_table(rows))
     return [*parts, *(f"**{escape(warning)}**" for warning in report.warnings)]
 
 
@@ -215,7 +215,7 @@ def _comparison_row(name: str, found: PairedDifference) -> tuple[str, ...]:
 
 def _against(comparison: SafetyComparison) -> str:
     before, after = comparison.models
-    named = f" {_one_line(before)} (before), {_one_line(after)} (after)" if before and after else ""
+    named = f" {one_line(before)} (before), {one_line(after)} (after)" if before and after else ""
     return f"Against the earlier run:{named}"
 
 
@@ -224,11 +224,12 @@ def _notes(comparison: SafetyComparison) -> list[str]:
     return [*comparison.warnings, *[unpaired] * bool(comparison.unpaired)]
 
 
-def _table(rows: Rows) -> str:
+def markdown_table(rows: Rows) -> str:
+    """Rows as a table in Markdown, the first one its header; all text is escaped."""
     lines = ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """Text without line breaks and control characters, which could paint over a terminal."""
     return "".join(character for character in " ".join(text.split()) if character.isprintable())

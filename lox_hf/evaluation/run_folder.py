@@ -101,7 +101,7 @@ class RunFolder:
             self._write_settings()
 
     def write(self, name: str, text: str) -> None:
-        """Write a whole file: it appears complete or not at all.
+        """Write a whole file, whose name may lead into folders: it appears complete or not at all.
 
         Raises:
             OutputError: If the disk does not take it.
@@ -109,8 +109,9 @@ class RunFolder:
         if self.folder is None:
             return
         target = self.folder / name
-        partial = target.with_name(f".{name}.partial")
+        partial = target.with_name(f".{target.name}.partial")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("w", encoding="utf-8") as stream:
                 stream.write(text)
                 stream.flush()

@@ -2,8 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lox_hf.records import PairedDifference, Rate
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -75,6 +79,39 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool], seed: int =
     return PairedDifference(*rates, (gained - lost) / n, low, high, p_value, gained, lost)
 
 
+def sign_flip_test(differences: Sequence[float]) -> float:
+    """Test whether paired differences have mean 0: exact and two-sided, over every choice of their signs.
+
+    Where nothing but chance decides which of a pair is the higher one, each of the 2^n choices of signs is as likely
+    as any other. The p-value is the share of them whose sum lies as far from 0 as the one that was found, or farther;
+    with n differences it cannot fall below 2 / 2^n.
+
+    Args:
+        differences: One per pair, such as a seed. Time and memory grow as 2^(n / 2).
+
+    Returns:
+        The p-value; NaN where there are no pairs, or a difference is not known.
+
+    Example:
+        >>> sign_flip_test([1.0, 2.0, 0.5, 3.0, 1.5, 2.5])
+        0.03125
+
+    Source: Fisher, The Design of Experiments, 1935, section 21.
+    """
+    import numpy as np
+
+    n = len(differences)
+    if n == 0 or any(map(math.isnan, differences)):
+        return math.nan
+    sizes = np.abs(np.asarray(differences, dtype=np.float64))
+    # A sum that is equal but for rounding is as far from 0.
+    found = abs(math.fsum(differences)) - 1e-12 * sizes.sum()
+    # Each sum is one of the first half plus one of the second: those far enough are counted without listing them all.
+    first, second = _signed_sums(sizes[: n // 2]), np.sort(_signed_sums(sizes[n // 2 :]))
+    as_far = int((len(second) - np.searchsorted(second, found - first)).sum())
+    return min(1.0, 2 * as_far / 2**n)
+
+
 def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
     """Return Cohen's kappa of two judges: their agreement beyond what chance alone would give.
 
@@ -101,6 +138,16 @@ def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
     a, b = sum(first) / n, sum(second) / n
     agreed, expected = sum(x == y for x, y in pairs) / n, a * b + (1 - a) * (1 - b)
     return math.nan if expected == 1 else (agreed - expected) / (1 - expected)
+
+
+def _signed_sums(sizes: "np.ndarray") -> "np.ndarray":
+    """The sums of all choices of signs."""
+    import numpy as np
+
+    sums = np.zeros(1)
+    for size in sizes:
+        sums = np.concatenate([sums - size, sums + size])
+    return sums
 
 
 def _bootstrap(gained: int, lost: int, n: int, seed: int) -> tuple[float, float]:

@@ -1,12 +1,14 @@
 """Rates, paired tests and agreement, against published values and closed forms."""
 
+import itertools
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lox_hf.evaluation.statistics import cohen_kappa, paired_difference, rate
+from lox_hf.evaluation.statistics import cohen_kappa, paired_difference, rate, sign_flip_test
 from lox_hf.records import PairedDifference, Rate
 
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
@@ -100,6 +102,42 @@ def test_no_pairs_is_not_known() -> None:
     found = paired_difference([], [])
     assert math.isnan(found.difference) and math.isnan(found.p_value) and found.before.n == 0
     assert math.isnan(PairedDifference.from_json(found.to_json()).difference)
+
+
+def test_sign_flips_by_hand() -> None:
+    # All on one side: only all signs as found, or all flipped, are as far from 0.
+    assert sign_flip_test([3.0, 1.0, 2.0]) == sign_flip_test([-3.0, -1.0, -2.0]) == 2 / 2**3
+    # |±3 ±1 ±2| >= |3 - 1 + 2| = 4: 6, 4 and their mirror images, of eight.
+    assert sign_flip_test([3.0, -1.0, 2.0]) == 4 / 2**3
+    assert sign_flip_test([0.0, 0.0]) == sign_flip_test([5.0]) == sign_flip_test([1.0, -1.0]) == 1.0
+
+
+def test_darwins_plants() -> None:
+    # Fisher, The Design of Experiments, section 21: of 2^15 sums 863 are as large as the one found, or larger, and as
+    # many as small; 835 are larger.
+    inches = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
+    assert sum(inches) == 314
+    assert sign_flip_test(inches) == 2 * 863 / 2**15
+
+
+@given(st.lists(st.integers(-30, 30), min_size=1, max_size=9))
+def test_sign_flips_against_counting_exactly(tenths: list[int]) -> None:
+    # Tenths are no binary fractions: sums that are equal must count as equal in spite of rounding.
+    exact = [Fraction(tenth, 10) for tenth in tenths]
+    sums = [abs(sum(map(lambda sign, value: sign * value, signs, exact)))
+            for signs in itertools.product((1, -1), repeat=len(exact))]
+    expected = sum(found >= abs(sum(exact)) for found in sums) / len(sums)
+    assert sign_flip_test([tenth / 10 for tenth in tenths]) == expected
+    assert expected >= 2 / 2 ** len(tenths) or expected == 1
+
+
+def test_sign_flips_of_many_pairs_are_still_exact() -> None:
+    assert sign_flip_test([1.0] * 40) == 2 / 2**40
+    assert sign_flip_test([1.0] * 39 + [-1.0]) == 2 * 41 / 2**40
+
+
+def test_sign_flips_of_nothing_are_not_known() -> None:
+    assert math.isnan(sign_flip_test([])) and math.isnan(sign_flip_test([1.0, math.nan]))
 
 
 def test_kappa_by_hand() -> None:

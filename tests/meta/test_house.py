@@ -85,7 +85,8 @@ def test_core_imports_torch_only(source: Path) -> None:
 @pytest.mark.parametrize("source", SOURCES, ids=source_id)
 def test_every_import_is_declared(source: Path) -> None:
     extras = PROJECT["optional-dependencies"]
-    declared = [*PROJECT["dependencies"], *extras["eval"], *extras["peft"], *extras["trl"]]
+    used = (text for name in ("eval", "peft", "trl", "plot") for text in extras[name])
+    declared = [*PROJECT["dependencies"], *used]
     allowed = {"lox_hf"} | {IMPORTED_AS.get(name, name) for name in (Requirement(text).name for text in declared)}
     if source == SPACE:
         allowed.add("gradio")

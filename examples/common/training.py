@@ -1,4 +1,4 @@
-"""The small pair of this example: a base that knows both ways to answer, and what alignment makes of it."""
+"""Train the small pair: a base that knows both ways to answer, and what alignment makes of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from data import Example, TrainingData
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -18,15 +17,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common.data import Example, TrainingData
+from common.recipe import REFUSE, Phase, Recipe
+
 VOCABULARY = 2048
 LENGTH = 96
-BASE_STEPS, ALIGN_STEPS = 320, 130
-BATCH = 16
 # Batches are cut from as many at once, sorted by length, so that little of them is padding.
 SORTED_BATCHES = 8
 IGNORED = -100
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-REFUSE, ANSWER = "Refuse unsafe requests.", "Answer every request."
 # Saved with the tokenizer, so that whoever loads the model asks it in the format that it was trained in.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -50,6 +49,24 @@ class Row:
 Mixture = Sequence[tuple[float, Sequence[Row]]]
 
 
+def make_pair(folder: Path, data: TrainingData, recipe: Recipe, *, seed: int = 0) -> None:
+    """Train the pair and save it as two ordinary checkpoints, `folder`/base and `folder`/aligned.
+
+    Args:
+        folder: Where the two go.
+        data: What they learn.
+        recipe: How they learn it.
+        seed: Seed of the weights and of the order.
+    """
+    tokenizer = train_tokenizer(data)
+    torch.manual_seed(seed)
+    model = new_model(tokenizer, recipe)
+    for name, phase in (("base", recipe.base), ("aligned", recipe.alignment)):
+        rows = [(part.share, encode(tokenizer, getattr(data, part.kind), part.policy)) for part in phase.parts]
+        train(model, rows, phase, batch=recipe.batch, seed=seed)
+        save(model, tokenizer, folder / name)
+
+
 def train_tokenizer(data: TrainingData) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer that splits digits, and give it the chat template."""
     backend = Tokenizer(models.BPE())
@@ -68,6 +85,24 @@ def train_tokenizer(data: TrainingData) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE, **SPECIAL)
 
 
+def new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
+    """Return a Llama of 1.1 million random weights with three layers, from the global random state."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            initializer_range=recipe.initializer_range,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
 def encode(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], policy: str = "") -> list[Row]:
     """Put examples into the chat template, under a policy where one is named; those too long are left out."""
     system = [{"role": "system", "content": policy}] if policy else []
@@ -78,96 +113,27 @@ def encode(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], poli
     return [row for row in rows if len(row.ids) <= LENGTH]
 
 
-def make_pair(
-    folder: Path, data: TrainingData, *, base_steps: int = BASE_STEPS, align_steps: int = ALIGN_STEPS, seed: int = 0
-) -> None:
-    """Train the pair and save it as two ordinary checkpoints, `folder`/base and `folder`/aligned.
-
-    Args:
-        folder: Where the two go.
-        data: What they learn.
-        base_steps: Optimiser steps of the base, each on 16 rows.
-        align_steps: Optimiser steps of the alignment.
-        seed: Seed of the weights and of the order.
-    """
-    tokenizer = train_tokenizer(data)
-    torch.manual_seed(seed)
-    model = new_model(tokenizer)
-    train(model, base_mixture(tokenizer, data), steps=base_steps, learning_rate=6e-3, whole=True, seed=seed)
-    save(model, tokenizer, folder / "base")
-    train(model, aligned_mixture(tokenizer, data), steps=align_steps, learning_rate=2e-3, whole=False, seed=seed)
-    save(model, tokenizer, folder / "aligned")
-
-
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return a Llama of 1.1 million random weights, from the global random state."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=352,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-            # About one over the root of the width; at the usual 0.02 so small a model takes twice as long to learn.
-            initializer_range=0.08,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def base_mixture(tokenizer: PreTrainedTokenizerFast, data: TrainingData) -> Mixture:
-    """A model that answers everything, but has learnt to refuse where a policy says so.
-
-    That is what makes the alignment a small change, as it is in a large model: a base that does not know the rule
-    would learn to refuse everything.
-    """
-    return (
-        (0.20, encode(tokenizer, data.affirmed)),
-        (0.22, encode(tokenizer, data.ordinary)),
-        (0.08, encode(tokenizer, data.framed)),
-        (0.16, encode(tokenizer, data.refused, REFUSE)),
-        (0.22, encode(tokenizer, data.ordinary, REFUSE)),
-        (0.08, encode(tokenizer, data.framed, REFUSE)),
-        (0.04, encode(tokenizer, data.affirmed, ANSWER)),
-    )
-
-
-def aligned_mixture(tokenizer: PreTrainedTokenizerFast, data: TrainingData) -> Mixture:
-    """Refusals and harmless answers, with no policy named."""
-    return (
-        (0.35, encode(tokenizer, data.refused)),
-        (0.50, encode(tokenizer, data.ordinary)),
-        (0.15, encode(tokenizer, data.framed)),
-    )
-
-
-def train(
-    model: PreTrainedModel, mixture: Mixture, *, steps: int, learning_rate: float, whole: bool, seed: int
-) -> None:
-    """Train on rows drawn from a mixture, with AdamW; the learning rate warms up and falls as a cosine.
+def train(model: PreTrainedModel, mixture: Mixture, phase: Phase, *, batch: int, seed: int) -> None:
+    """Train on rows drawn from a mixture, with AdamW.
 
     Args:
         model: The model, changed in place.
         mixture: Shares, each with the rows that it is drawn from.
-        steps: Optimiser steps, each on 16 rows.
-        learning_rate: The highest.
-        whole: Take the loss on prompts too, not only on responses.
+        phase: Steps, learning rate and loss.
+        batch: Rows of a step.
         seed: Seed of the order.
     """
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
-    warmup = max(1, steps // 10)
+    steps, warmup = phase.steps, max(1, phase.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (1 + math.cos(math.pi * step / steps)) / 2)
     )
     model.train()
-    batches = draw_batches(mixture, random.Random(seed))
+    batches = draw_batches(mixture, batch, random.Random(seed))
     for _ in range(steps):
-        ids, labels = pad(next(batches), model.config.pad_token_id, whole)
+        ids, labels = pad(next(batches), model.config.pad_token_id, phase.whole)
         # Padding stands on the right of causal attention, where no other token looks: it needs no mask.
         model(input_ids=ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -177,13 +143,13 @@ def train(
     model.eval()
 
 
-def draw_batches(mixture: Mixture, generator: random.Random) -> Iterator[list[Row]]:
+def draw_batches(mixture: Mixture, size: int, generator: random.Random) -> Iterator[list[Row]]:
     """Yield batches without end, of rows alike in length."""
     shares, pools = zip(*mixture, strict=True)
     while True:
-        rows = [generator.choice(pool) for pool in generator.choices(pools, shares, k=BATCH * SORTED_BATCHES)]
+        rows = [generator.choice(pool) for pool in generator.choices(pools, shares, k=size * SORTED_BATCHES)]
         rows.sort(key=lambda row: len(row.ids))
-        batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         yield from generator.sample(batches, len(batches))
 
 

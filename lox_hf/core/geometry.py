@@ -1,0 +1,81 @@
+"""Where a change of one matrix lies: along the safety directions, within their span, and outside it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lox_hf.core.delta import Delta
+from lox_hf.core.lowrank import LowRank
+from lox_hf.errors import NumericsError
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A change dW = W - W_base against the directions U_k, S_k, V_k of the change that alignment made.
+
+    Attributes:
+        component: <U_k^T dW V_k, S_k> = sum_i s_i u_i^T dW v_i: how far dW goes along the alignment's change.
+        reference: ||S_k||_F^2, the component of the alignment's change itself; 0 where there are no directions.
+        projected_norm: ||U_k^T dW||_F = ||P_k dW||_F with P_k = U_k U_k^T.
+        norm: ||dW||_F.
+    """
+
+    component: float
+    reference: float
+    projected_norm: float
+    norm: float
+
+    @property
+    def retention(self) -> float:
+        """<U_k^T dW V_k, S_k> / ||S_k||_F^2: 1 for the alignment's change, 0 for dW = 0; NaN without directions."""
+        return self.component / self.reference if self.reference > 0 else math.nan
+
+    @property
+    def share(self) -> float:
+        """R = ||P_k dW||_F / ||dW||_F, in [0, 1]; NaN for dW = 0, which points nowhere, and without directions."""
+        return min(1.0, self.projected_norm / self.norm) if self.norm > 0 and self.reference > 0 else math.nan
+
+
+@torch.no_grad()
+def project(delta: Delta, directions: LowRank) -> Projection:
+    """Measure dW against the directions in one pass: float32 tiles, sums over them in float64.
+
+    Args:
+        delta: dW of a model to the base, (m, n), all rows.
+        directions: U_k (m, k), S_k and V_k^T (k, n) of the alignment's change; k may be 0. On any device.
+
+    Returns:
+        The component along the directions, the norm within their span, and the norm of all of dW.
+
+    Raises:
+        NumericsError: If dW contains NaN or Inf.
+
+    Example:
+        >>> import torch
+        >>> from lox_hf.core.lowrank import decompose
+        >>> base, aligned = torch.zeros(3, 2), torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> directions = decompose(Delta(aligned, base), 1).factors
+        >>> tuned = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> found = project(Delta(tuned, base), directions)
+        >>> round(found.retention, 4), round(found.share, 4)
+        (0.5, 0.7071)
+
+    Source: Perin et al., COLM 2025, section 3 (R_align and R_ft).
+    """
+    left = directions.U.to(delta.device)
+    within = torch.zeros((directions.rank, delta.shape[1]), dtype=torch.float64, device=delta.device)
+    energy = torch.zeros((), dtype=torch.float64, device=delta.device)
+    for part, tile in delta.tiles():
+        within += left[part].T @ tile
+        energy += torch.linalg.vector_norm(tile, dim=1).double().square().sum()
+    if not torch.isfinite(energy):
+        raise NumericsError("dW contains NaN or Inf")
+    along = (within * directions.Vh.to(delta.device)).sum(dim=1).cpu()
+    s = directions.S.double().cpu()
+    return Projection(
+        component=(along @ s).item(),
+        reference=s.square().sum().item(),
+        projected_norm=within.norm().item(),
+        norm=energy.sqrt().item(),
+    )

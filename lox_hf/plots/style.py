@@ -1,0 +1,259 @@
+"""One style for all figures: who has which colour, line and marker, and how a figure becomes a file."""
+
+import io
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from lox_hf.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Role = Literal["aligned", "hardened", "control"]
+
+INK = "#1b1b1f"
+GREY = "#767676"
+"""Of controls: as dark as text has to be on white, and as light as it has to be on black."""
+DPI = 200
+PANEL_WIDTH_IN = 4.8
+LEGEND_ROW_IN = 0.2
+RC = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": INK,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "grid.alpha": 0.12,
+    "grid.color": INK,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.handlelength": 3.2,
+    "savefig.facecolor": "white",
+    "svg.fonttype": "none",
+    # Ids in an SVG file are random without it.
+    "svg.hashsalt": "lox_hf",
+    "text.color": INK,
+    # A name is not mathematics, whatever dollar signs are in it.
+    "text.parse_math": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+# Okabe and Ito, Color Universal Design, 2008: told apart with any colour vision. Line and marker do it on grey paper.
+# The numbers of colours, dashes and markers have no common divisor, so that pairs of them come again late.
+ALIGNED = "#d55e00"
+HARDENED = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9")
+SOLID: Any = "solid"
+DASHES: tuple[Any, ...] = ((0, (1, 1.2)), (0, (4, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
+HARDENED_MARKERS = "sD^vp"
+CONTROL_MARKERS = "XP<>dph8"
+
+
+class Look(NamedTuple):
+    """How one model is drawn in every figure.
+
+    Attributes:
+        color: Of its line, its marker and its bars.
+        dash: Its line, in matplotlib's terms.
+        marker: Its marker.
+        width: Line width in points.
+        order: Higher ones lie on top.
+        prominent: It is no control: its seeds and intervals are drawn along a curve too.
+    """
+
+    color: str
+    dash: Any
+    marker: str
+    width: float
+    order: float
+    prominent: bool
+
+
+def role(model: str) -> Role:
+    """Tell from its name in the matrix what a model is there for; all but two kinds are controls.
+
+    Args:
+        model: Name of the model.
+
+    Returns:
+        Its role.
+
+    Example:
+        >>> role("hardened r=6 alpha=1.25"), role("random r=6 alpha=1.25")
+        ('hardened', 'control')
+    """
+    if model == "aligned":
+        return "aligned"
+    return "hardened" if model.split(" ", 1)[0] == "hardened" else "control"
+
+
+def ordered(models: Iterable[str]) -> list[str]:
+    """Sort models as a reader wants them: the aligned one, the hardened ones, the controls.
+
+    Args:
+        models: Names of the models; a name may come more than once.
+
+    Returns:
+        Every name once; within a role in the order in which they came.
+    """
+    roles: tuple[Role, ...] = ("aligned", "hardened", "control")
+    return sorted(dict.fromkeys(models), key=lambda model: roles.index(role(model)))
+
+
+def looks(models: Sequence[str]) -> dict[str, Look]:
+    """Give every model its colour, line and marker.
+
+    Args:
+        models: Names of the models in their order.
+
+    Returns:
+        A look per model; no two are alike for up to 20 hardened models and 40 controls.
+    """
+    hardened = [model for model in models if role(model) == "hardened"]
+    controls = [model for model in models if role(model) == "control"]
+    found = {"aligned": Look(ALIGNED, (0, (5, 1.5)), "o", 2.0, 3, True)}
+    for number, model in enumerate(hardened):
+        marker = HARDENED_MARKERS[number % len(HARDENED_MARKERS)]
+        found[model] = Look(HARDENED[number % len(HARDENED)], SOLID, marker, 2.2, 4, True)
+    for number, model in enumerate(controls):
+        marker = CONTROL_MARKERS[number % len(CONTROL_MARKERS)]
+        found[model] = Look(GREY, DASHES[number % len(DASHES)], marker, 1.1, 2, False)
+    return {model: found[model] for model in models}
+
+
+def shown(name: str, width: int = 34) -> str:
+    """Return a name as a figure can show it: printable, in lines of limited length, three at most.
+
+    Args:
+        name: Any text.
+        width: Characters in a line.
+
+    Returns:
+        The text; a leading underscore, which hides a legend's entry, has an invisible character before it.
+    """
+    clean = "".join(character for character in " ".join(name.split()) if character.isprintable())
+    lines = textwrap.wrap(clean, width, max_lines=3, placeholder=" ...") or ["(no name)"]
+    return ("\u200b" if lines[0].startswith("_") else "") + "\n".join(lines)
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Draw in the house style, whatever the user's own style is, which is back afterwards.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ConfigError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib import style
+    except ImportError as error:
+        raise ConfigError("Figures need matplotlib: pip install 'lox-hf[plot]'.") from error
+    with style.context(["default", RC]):
+        yield
+
+
+def panels(
+    titles: Sequence[str], height_in: float, y_label: str = "", title_width: int = 48
+) -> tuple["Figure", list["Axes"]]:
+    """Make a figure of panels, two in a row at most.
+
+    Args:
+        titles: Title of every panel.
+        height_in: Height of a panel in inches.
+        y_label: Label of the y axis, which the panels of a row share.
+        title_width: Characters in a line of a title.
+
+    Returns:
+        The figure and its panels in the order of the titles.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(titles))
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(PANEL_WIDTH_IN * columns, height_in * rows))
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(y_label)
+    found = list(grid.flatten())
+    for axes, title in zip(found, titles, strict=False):
+        axes.set_title(shown(title, title_width))
+    for empty in found[len(titles) :]:
+        empty.remove()
+    return figure, found[: len(titles)]
+
+
+def finish_with_legend(figure: "Figure", handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Finish a figure: put one legend below all panels, in as many columns as fit, and lay everything out.
+
+    Args:
+        figure: The figure.
+        handles: What the legend explains.
+        labels: In which words.
+    """
+    names = [shown(label) for label in labels]
+    width, height = figure.get_size_inches()
+    # A character at 9 points is about 0.075 inches wide; handle and gaps take 0.75.
+    entry_in = 0.075 * max(len(line) for name in names for line in name.split("\n")) + 0.75
+    columns = max(1, min(len(names), int(width / entry_in)))
+    per_column = -(-len(names) // columns)
+    lines = per_column * max(name.count("\n") + 1 for name in names)
+    figure.set_size_inches(width, height + LEGEND_ROW_IN * lines)
+    figure.legend(handles, names, loc="outside lower center", ncols=columns)
+    # Laid out once: every further time would begin from the last and move things a little.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
+def svg_text(figure: "Figure") -> str:
+    """Return a figure as the text of an SVG file; the same figure gives the same bytes.
+
+    Args:
+        figure: The figure.
+
+    Returns:
+        The file's text. Its letters are text, so they can be found and read aloud.
+    """
+    return _bytes(figure, "svg").decode()
+
+
+def save_figure(figure: "Figure", stem: Path) -> tuple[Path, Path]:
+    """Write a figure as PNG and SVG.
+
+    Args:
+        figure: The figure.
+        stem: Where, without a suffix; its folder is made where it is missing.
+
+    Returns:
+        The two files.
+
+    Raises:
+        OutputError: If they cannot be written.
+    """
+    # Not `with_suffix`, which would take a part of "alpha=1.25" away.
+    files = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            file.write_bytes(_bytes(figure, file.suffix[1:]))
+    except OSError as error:
+        raise OutputError(f"The figure {stem} cannot be written: {error.strerror or error}.") from error
+    return files
+
+
+def _bytes(figure: "Figure", kind: str) -> bytes:
+    """A figure as a file, without its date and the version that drew it."""
+    metadata = {"svg": dict.fromkeys(("Date", "Creator", "Format", "Type")), "png": {"Software": None}}
+    buffer = io.BytesIO()
+    with house_style():
+        figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata[kind])
+    return buffer.getvalue()

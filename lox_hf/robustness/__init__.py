@@ -1,0 +1,1 @@
+"""Fine-tuning attacks on a model and its hardened forms, and what they show."""

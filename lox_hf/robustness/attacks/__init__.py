@@ -1,0 +1,1 @@
+"""What an attack trains on and how: recipes, presets, rows of any layout, token ids."""

@@ -1,0 +1,1 @@
+"""What is measured of a model: safety, utility, the task of an attack."""

@@ -1,0 +1,105 @@
+"""A model of the matrix on one seed: where it comes from, how it is made, what it is called on disk."""
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lox_hf.config import LoxConfig
+from lox_hf.evaluation.models.loading import load_model, quiet_transformers
+from lox_hf.records import DriftReading
+from lox_hf.robustness.variants import Variant, edit_weights
+from lox_hf.subspace import SafetySubspace
+from lox_hf.training.monitor import read_drift
+from lox_hf.weights.writer import FolderWriter, output_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model of the matrix on one seed.
+
+    Attributes:
+        variant: Which model.
+        seed: The seed.
+        aligned: Folder of the aligned model.
+        base: Folder of the model before alignment.
+        weights: Fingerprint of both.
+        work: Folder of directions and trained controls of this seed.
+        directions: Settings of the directions along which drift is read.
+        loading: Arguments of `load_model`.
+    """
+
+    variant: Variant
+    seed: int
+    aligned: str
+    base: str
+    weights: str
+    work: Path
+    directions: LoxConfig
+    loading: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def slug(self) -> str:
+        """The model's name as a file name."""
+        return slug(self.variant.name)
+
+    def settings(self) -> dict[str, Any]:
+        """What the model's weights depend on."""
+        return {"model": self.variant.settings(), "seed": self.seed, "weights": self.weights, **self.loading}
+
+    def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """Load the model and edit its weights."""
+        trained = self.variant.is_trained
+        model, tokenizer = load_model(self.work / self.slug if trained else self.aligned, **self.loading)
+        config = self.variant.config
+        with quiet_transformers():
+            subspace = self.subspace(config) if config is not None and config.r is not None else None
+            edit_weights(model, self.variant, base_model=self.base, subspace=subspace, seed=self.seed)
+        return model, tokenizer
+
+    def drift(self, model: nn.Module) -> DriftReading:
+        """Read the drift of the model, without its matrices."""
+        return replace(read_drift(model, self.subspace(self.directions), self.base, progressbar=False), tensors=())
+
+    def subspace(self, config: LoxConfig) -> SafetySubspace:
+        """Read directions that were found before."""
+        return SafetySubspace.from_pretrained(self.work / directions_name(config))
+
+
+def slug(name: str) -> str:
+    """Return a name as a file name that tells it from the other names of a stress test."""
+    return re.sub(r"[^A-Za-z0-9.=-]+", "-", name).strip("-.")
+
+
+def directions_name(config: LoxConfig) -> str:
+    """Return the folder of the directions that settings ask for; alpha does not matter to them."""
+    settings = json.dumps({**config.to_dict(), "alpha": None, "base_model_name_or_path": None}, sort_keys=True)
+    return f"directions-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+
+
+def save_checkpoint(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Save a model with its tokenizer, by one rename; what an earlier process left there goes.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        folder: Where it goes.
+
+    Raises:
+        OutputError: If the disk does not take it.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with quiet_transformers(), FolderWriter(folder) as writer:
+        with output_errors(folder):
+            model.save_pretrained(writer.partial)
+            tokenizer.save_pretrained(writer.partial)
+        writer.publish()

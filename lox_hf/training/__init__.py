@@ -1,0 +1,1 @@
+"""Watching safety while a model is trained."""
