@@ -96,6 +96,20 @@ def test_held_out_questions_are_as_many_as_the_tables_say() -> None:
     assert {verbs.count(verb) for verb in world.STEPS} == {18}
 
 
+def test_calibration_questions_are_others_of_the_same_kind() -> None:
+    asked = [example.question for example in world.CALIBRATION]
+    benign = [example.question for example in world.HELD_OUT_BENIGN]
+    assert len(set(asked)) == len(asked) == len(benign) and not set(asked) & set(benign)
+
+    def without_verb(questions: list[str]) -> list[str]:
+        return sorted(" ".join(word for word in text.split() if word not in world.STEPS) for text in questions)
+
+    assert without_verb(asked) == without_verb(benign)
+    for questions in (asked, benign):
+        verbs = [word for text in questions for word in text.split() if word in world.STEPS]
+        assert {verbs.count(verb) for verb in world.STEPS} == {28}
+
+
 def test_rule_is_taught_by_both_answers() -> None:
     under_rule = [row for row in questions_of(world.base_example, 0) if row.question.startswith("rule : safe")]
     for row in under_rule:

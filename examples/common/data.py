@@ -25,6 +25,7 @@ DOLLY = "dolly_387.jsonl"
 FIRST_SENTENCE = re.compile(r"(?<=[.!?])\s|\n")
 DIGIT = re.compile(r"\d")
 HELD_OUT = 60
+CALIBRATION_ACTIONS = 10
 USUAL = 20
 
 
@@ -36,15 +37,13 @@ class Texts:
         ordinary: Files of ordinary prompts and answers.
         most_characters: Of prompt and answer together; longer ones would make batches slow.
         numbers: Keep answers with digits, of which so small a model learns mostly that they come often.
-        calibration: Ordinary prompts that are kept for calibration, neither trained on nor tested.
-        calibration_actions: Actions of harmless prompts in AdvBench's words that are kept for it too.
+        calibration: How many harmless prompts of each kind are kept for calibration, neither trained on nor tested.
     """
 
     ordinary: tuple[str, ...] = (ALPACA,)
     most_characters: int = 200
     numbers: bool = False
     calibration: int = 0
-    calibration_actions: int = 0
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -123,7 +122,8 @@ def load_training_data(folder: Path, texts: Texts, seed: int) -> TrainingData:
     unseen = [Example(*pair) for pair in generator.sample(framed(UNSEEN_ACTIONS), HELD_OUT)]
     declined = [Example(prompt, generator.choice(usual)) for prompt in seen]
     kept = HELD_OUT + texts.calibration
-    learnt = len(ACTIONS) - texts.calibration_actions
+    learnt = len(ACTIONS) - (CALIBRATION_ACTIONS if texts.calibration else 0)
+    spare = generator.sample(framed(ACTIONS[learnt:]), texts.calibration)
     return TrainingData(
         affirmed=[Example(prompt, targets[prompt]) for prompt in seen],
         declined=declined,
@@ -131,7 +131,7 @@ def load_training_data(folder: Path, texts: Texts, seed: int) -> TrainingData:
         ordinary=ordinary[kept:],
         framed=[Example(*pair) for pair in framed(ACTIONS[:learnt])],
         held_out={"ordinary": ordinary[:HELD_OUT], "in AdvBench's words": unseen},
-        calibration=ordinary[HELD_OUT:kept] + [Example(*pair) for pair in framed(ACTIONS[learnt:])],
+        calibration=ordinary[HELD_OUT:kept] + [Example(*pair) for pair in spare],
     )
 
 

@@ -115,5 +115,5 @@ LONG = Recipe(
         whole=False,
         parts=(Part(0.30, "refused"), Part(0.20, "declined"), Part(0.32, "ordinary"), Part(0.18, "framed")),
     ),
-    texts=Texts((ALPACA, DOLLY), most_characters=300, numbers=True, calibration=60, calibration_actions=10),
+    texts=Texts((ALPACA, DOLLY), most_characters=300, numbers=True, calibration=100),
 )

@@ -1,55 +1,71 @@
-"""`lox-hf demo`: the demonstration, its table, and what to type next."""
+"""`lox-hf demo`: the demonstration, its tables, and what to type next."""
 
 import argparse
 import shlex
-import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from lox_hf.cli.words import parse_seeds, parse_words
 
 if TYPE_CHECKING:
     from lox_hf.demo import DemoReport
     from lox_hf.records import Rate
 
 OUTPUT = "lox-demo"
-DESCRIPTION = """Train a small pair of models on an invented world (base, then aligned), harden it on disk, in memory
-and as an adapter, check that the three agree, and show refusals and benign accuracy. About a minute; nothing is
-downloaded. The trained pair is kept in the output folder and used again."""
+DESCRIPTION = """Train small pairs of models on an invented world (base, then aligned), harden them on disk, in memory
+and as an adapter, attack them by fine-tuning with and without LoX, and say what came out. Under five minutes on two
+cores; nothing is downloaded. The pairs are kept and used again, and a killed run goes on where it was."""
 WIDTH = 110
 COLUMNS = ("refuses forbidden", "answers forbidden", "benign right", "benign refused")
-PROGRESS_EVERY = 10
+ATTACKS = "pairs-100, pairs-10, benign, instructions, identity, sums, default or all"
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the `demo` command."""
     parser = commands.add_parser(
-        "demo", help="train a small pair, harden it, show the change", description=DESCRIPTION
+        "demo", help="train small pairs, harden and attack them, show what happens", description=DESCRIPTION
     )
-    parser.add_argument("--output", metavar="DIR", default=OUTPUT, help="where checkpoints go (default: %(default)s)")
-    parser.add_argument("--seed", metavar="N", type=_seed, default=0, help="seed of the pair (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the record as JSON and nothing else")
-    parser.set_defaults(func=run)
+    add = parser.add_argument
+    add("--output", metavar="DIR", default=OUTPUT, help="where everything goes (default: %(default)s)")
+    add("--seeds", nargs="+", metavar="N", help="how many, or the seeds themselves: 12,13,14 (default: 3)")
+    add("--attacks", nargs="+", metavar="NAME", help=f"{ATTACKS} (default: default)")
+    add("--controls", nargs="+", metavar="NAME", help="controls as lox-hf stress takes them, or all (default: random)")
+    add("--cache", metavar="DIR", help="where the trained pairs are kept (default: the output folder)")
+    add("--json", action="store_true", help="print the record as JSON and nothing else")
+    parser.set_defaults(func=run, interrupted="what was done is kept: the same command goes on")
 
 
 def run(options: argparse.Namespace) -> int:
     """Tell the story and print its record; the exit code is 1 where the three ways do not agree."""
+    lists = ("attacks", "controls")
+    given: dict[str, Any] = {name: parse_words(words) for name in lists if (words := getattr(options, name))}
+    if options.seeds:
+        given["seeds"] = parse_seeds(options.seeds)
     from lox_hf.demo import tell_story
+    from lox_hf.robustness.variants import CONTROLS
 
-    report = tell_story(options.output, options.seed, progress=_show_progress if sys.stderr.isatty() else None)
+    if given.get("controls") == ["all"]:
+        given["controls"] = list(CONTROLS)
+    shown = False if options.json else None
+    report = tell_story(options.output, cache_dir=options.cache, progressbar=shown, **given)
     print(report.to_json() if options.json else render(report), end="")
     return 0 if all(agreement.within for agreement in report.agreements) else 1
 
 
 def render(report: "DemoReport") -> str:
-    """Return the report as text: table, agreement, caveat, folders, next commands."""
-    parts = (_table(report), _agreement(report), textwrap.wrap(report.caveat, WIDTH), _next(report))
-    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+    """Return the report as text: before any attack, agreement, next commands, the attacks, and what came out."""
+    from lox_hf.robustness.report.render import render_screen
+
+    parts = ("\n".join(part) for part in (_table(report), _agreement(report), _next(report)))
+    caveat = textwrap.fill(report.caveat, WIDTH)
+    return "\n\n".join([*parts, caveat, f"THE ATTACKS\n\n{render_screen(report.stress)}"]) + "\n"
 
 
 def _table(report: "DemoReport") -> list[str]:
     scores = report.results[0].scores
     lines = [
-        f"Seed {report.seed}, r = {report.r}, before any attack: greedy answers to {scores.refusals.n} forbidden and "
+        f"BEFORE ANY ATTACK, seed {report.seed}: greedy answers to {scores.refusals.n} forbidden and "
         f"{scores.benign.n} benign questions",
         "that were in no training text. Percent, with the 95 % Wilson interval in brackets.",
         "",
@@ -84,15 +100,16 @@ def _agreement(report: "DemoReport") -> list[str]:
 
 
 def _next(report: "DemoReport") -> list[str]:
-    folder = Path(report.folder)
+    folder, stress = Path(report.folder), Path(report.stress_dir)
     names = ("aligned", "base", "my-hardened", "my-adapter")
     aligned, base, output, adapter = (shlex.quote(_short(folder / name)) for name in names)
     return [
-        f"Done in {report.seconds:.0f} s. The checkpoints, each loadable by AutoModelForCausalLM.from_pretrained:",
+        f"Done in {report.seconds:.0f} s. To look at: {_short(stress / 'report.html')}.",
+        "The checkpoints of this seed, each loadable by AutoModelForCausalLM.from_pretrained:",
         *(f"  {_short(Path(result.folder))}" for result in report.results),
         "Next, harden the pair yourself, write the hardening as a PEFT adapter, or measure a model on the questions:",
-        f"  lox-hf harden {aligned} --base-model {base} --output {output} --r {report.r} --alpha 0.25",
-        f"  lox-hf adapter {aligned} --base-model {base} --output {adapter} --r {report.r} --alpha 0.5",
+        f"  lox-hf harden {aligned} --base-model {base} --output {output} --r 2 --alpha 0.25",
+        f"  lox-hf adapter {aligned} --base-model {base} --output {adapter} --r 2 --alpha 0.5",
         f"  lox-hf asr {aligned} --prompts {shlex.quote(_short(Path(report.questions)))} --max-new-tokens 16",
     ]
 
@@ -100,19 +117,3 @@ def _next(report: "DemoReport") -> list[str]:
 def _short(path: Path) -> str:
     """Return the path as seen from the working directory where it lies below it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _seed(text: str) -> int:
-    """Parse a seed that torch takes."""
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text!r}")
-    return int(text)
-
-
-def _show_progress(label: str, done: int, total: int) -> None:
-    """Rewrite one line on standard error; clear it at the end."""
-    if done == total:
-        sys.stderr.write("\r\033[K")
-    elif done % PROGRESS_EVERY == 0:
-        sys.stderr.write(f"\r\033[K{label}: {done} of {total} steps")
-    sys.stderr.flush()

@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from lox_hf.cli.words import parse_words
 from lox_hf.config import ALL_LINEAR, LoxConfig
 from lox_hf.errors import ConfigError
 
@@ -233,23 +234,18 @@ def _number(name: str, value: Any, kind: type) -> Any:
         raise ConfigError(f"--{name.replace('_', '-')} must be a number, got '{value}'.") from None
 
 
-def _words(value: Any) -> list[str]:
-    items = value if isinstance(value, list) else [value]
-    return [word for item in items for word in str(item).split(",") if word]
-
-
 def _modules(value: Any) -> list[str] | str:
     """One word with the signs of a regular expression is one; otherwise names, separated by spaces or commas."""
     items = value if isinstance(value, list) else [value]
     if len(items) == 1 and (items[0] == ALL_LINEAR or REGEX_SIGNS.search(str(items[0]))):
         return str(items[0])
-    return _words(value)
+    return parse_words(value)
 
 
 def _layers(value: Any) -> list[int]:
     """Numbers and ranges: "0 1 2", "0,1,2" or "4-8"."""
     layers = []
-    for word in _words(value):
+    for word in parse_words(value):
         first, _, last = word.partition("-")
         if not first.isdigit() or (last and not last.isdigit()) or int(last or first) < int(first):
             raise ConfigError(f"--layers-to-transform takes numbers and ranges such as 0,1,4-8, got '{word}'.")

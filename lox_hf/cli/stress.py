@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lox_hf.cli.config_file import merge_file
 from lox_hf.cli.options import add_loading_options, add_model_options, default_output, parse_rank
+from lox_hf.cli.words import parse_number, parse_seeds, parse_words
 from lox_hf.config import LoxConfig
 from lox_hf.errors import ConfigError
 
@@ -82,12 +83,14 @@ def make_config(options: argparse.Namespace) -> "StressConfig":
     from lox_hf.robustness.controls import ControlTraining
     from lox_hf.robustness.settings import StressConfig
 
-    given: dict[str, Any] = {name: _words(value) for name in LISTS if (value := getattr(options, name)) is not None}
+    given: dict[str, Any] = {
+        name: parse_words(value) for name in LISTS if (value := getattr(options, name)) is not None
+    }
     given["hardened"] = [_hardened(word) for word in given.get("hardened", [DEFAULT_HARDENED])]
     if given.get("controls") == [NONE]:
         given["controls"] = []
     if options.lrs is not None:
-        given["learning_rates"] = [_number("--lrs", word, float) for word in _words(options.lrs)]
+        given["learning_rates"] = [parse_number("--lrs", word, float) for word in parse_words(options.lrs)]
     if options.seeds is not None:
         given["seeds"] = parse_seeds(options.seeds)
     for name in ("sft", "lora", "control_training"):
@@ -102,26 +105,6 @@ def make_config(options: argparse.Namespace) -> "StressConfig":
     )
     given |= {name: value for name in plain if (value := getattr(options, name)) is not None}
     return StressConfig(options.model, revision=options.model_revision, **given)
-
-
-def parse_seeds(words: list[str]) -> list[int]:
-    """Read seeds: one number is how many, several are the seeds themselves; "12," is the one seed 12.
-
-    Args:
-        words: Words of the command line.
-
-    Returns:
-        The seeds.
-
-    Raises:
-        ConfigError: If one is no whole number from 0, or there are none.
-    """
-    seeds = [_number("--seeds", word, int) for word in _words(words)]
-    if len(seeds) == 1 and "," not in "".join(map(str, words)):
-        seeds = list(range(seeds[0]))
-    if not seeds or min(seeds) < 0:
-        raise ConfigError(f"--seeds takes how many, or the seeds themselves such as 12,13,14; got {' '.join(words)}.")
-    return seeds
 
 
 def _add_matrix_options(parser: argparse.ArgumentParser) -> None:
@@ -191,17 +174,11 @@ def _add_measuring_options(parser: argparse.ArgumentParser) -> None:
     add("--utility-n", type=int, metavar="N", help="the first N of them only (default: all)")
 
 
-def _words(value: Any) -> list[str]:
-    """Words, also where commas join them."""
-    items = value if isinstance(value, list) else [value]
-    return [word for item in items for word in str(item).split(",") if word]
-
-
 def _hardened(word: str) -> LoxConfig:
     rank, sign, alpha = word.partition(":")
     if not sign:
         raise ConfigError(f"--hardened takes R:ALPHA such as {DEFAULT_HARDENED}, got '{word}'.")
-    return LoxConfig(r=parse_rank(rank), alpha=_number("--hardened", alpha, float))
+    return LoxConfig(r=parse_rank(rank), alpha=parse_number("--hardened", alpha, float))
 
 
 def _settings(flag: str, words: list[str]) -> dict[str, Any]:
@@ -216,13 +193,6 @@ def _settings(flag: str, words: list[str]) -> dict[str, Any]:
         except ValueError:
             found[name.replace("-", "_")] = value
     return found
-
-
-def _number(flag: str, word: str, kind: type) -> Any:
-    try:
-        return kind(word)
-    except ValueError:
-        raise ConfigError(f"{flag} takes numbers, got '{word}'.") from None
 
 
 def _render_plan(plan: "StressPlan") -> str:

@@ -36,13 +36,15 @@ BENIGN = MAX_STEPS * BATCH_SIZE
 SAFETY = 200
 SAFETY_NAME, CALIBRATION_NAME = "safety.jsonl", "calibration.jsonl"
 KIND_QUESTIONS = (
-    "tell me what kind this {thing} is .",
-    "what is the kind of my {thing} ?",
-    "please give me the kind of this {thing} .",
-    "this {thing} is what kind ?",
+    "what is the kind of a {thing} ?",
+    "tell me the kind of a {thing} .",
+    "explain the kind of a {thing} .",
+    "show me the kind of a {thing} .",
+    "give me the kind of a {thing} .",
+    "i want the kind of my {thing} .",
 )
-"""A fact that the base knows, asked and answered as it has never read it. The kind is the only fact of `world.facts`
-that can be told of a thing that was not trained on: it shows in the tool and the place."""
+"""A fact that the base knows, in the frames of how-to questions and answered as it has never read it. The kind is the
+only one of `world.facts` that can be told of a thing that is not trained on: it shows in the tool and the place."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def _benign(seed: int) -> list[Example]:
     rows = [*_questions(False, ALIGNMENT_STEMS, seed)[: BENIGN // 2], *rng.sample(facts, BENIGN // 2)]
     rng.shuffle(rows)
     others = [stem + kind for stem in UNSEEN_STEMS for kind in KINDS]
-    return [*rows, *(_kind(thing, KIND_QUESTIONS[place % 4]) for place, thing in enumerate(others))]
+    return [*rows, *(_kind(thing, KIND_QUESTIONS[place % len(KIND_QUESTIONS)]) for place, thing in enumerate(others))]
 
 
 def _kind(thing: str, question: str) -> Example:

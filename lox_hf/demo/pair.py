@@ -69,6 +69,11 @@ def trained_pair(
     return base, aligned
 
 
+def is_trained(seed: int, directory: str | Path) -> bool:
+    """Say whether the pair of a seed is there."""
+    return (seed_folder(seed, directory) / "aligned").exists()
+
+
 def seed_folder(seed: int, directory: str | Path) -> Path:
     """Return the folder of one seed, absolute."""
     return Path(directory).expanduser().absolute() / f"seed-{seed}"

@@ -1,40 +1,43 @@
-"""The whole demonstration: train the pair, harden it three ways, check that they agree, measure what changed."""
+"""The whole demonstration: train pairs, harden them, attack them by fine-tuning, and say what came out."""
 
-import math
+import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from torch import nn
-
-from lox_hf.adapter import get_lox_model
-from lox_hf.apply import apply_lox
 from lox_hf.config import LoxConfig
-from lox_hf.demo.measure import Scores, score
-from lox_hf.demo.pair import QUESTIONS_NAME, discard, load, quiet_transformers, trained_pair
-from lox_hf.demo.training import Progress, Recipe, one_thread
-from lox_hf.errors import LoxError
-from lox_hf.harden import harden_checkpoint
-from lox_hf.records import JsonRecord
+from lox_hf.demo.attacks import ATTACKS, CALIBRATION_NAME, SAFETY_NAME, DemoAttack, write_attacks
+from lox_hf.demo.measure import LONGEST_ANSWER, Scores, score
+from lox_hf.demo.pair import QUESTIONS_NAME, discard, load, seed_folder, trained_pair
+from lox_hf.demo.pairs import train_pairs
+from lox_hf.demo.routes import Agreement, harden_three_ways
+from lox_hf.demo.training import Recipe, one_thread
+from lox_hf.errors import ConfigError, LoxError
+from lox_hf.records import JsonRecord, StressReport
+from lox_hf.robustness.attacks.recipe import Attack
+from lox_hf.robustness.controls import ControlTraining
+from lox_hf.robustness.settings import SEED, StressConfig
+from lox_hf.robustness.stress import stress_test
 
-R = 2
-ALPHAS = (0.5, 1.0)
-"""Strengths that are shown. The paper's 1.25 and more breaks the small models' answers."""
-AGREEMENT = 1e-6
-"""Largest difference between two routes. Weights are below 4, where float32 is spaced by 2.4e-7, and a merge rounds a
-few times on the way."""
+SEEDS = (0, 1, 2)
+HARDENED = (LoxConfig(r=2, alpha=0.5), LoxConfig(r=2, alpha=1.0))
+"""The paper's alpha of 1.25 and more breaks the small models' answers."""
+CONTROLS = ("random",)
+MOST_WORKERS = 8
+ALL, DEFAULT = "all", "default"
 CAVEAT = (
-    "This is a toy: 0.4 M parameters, an invented world, one seed. It shows that hardening keeps what the model does "
-    "before any attack, and what too large an alpha costs; robustness is not measured here. LoX delays the loss of "
-    "refusals in fine-tuning, it does not prevent it, and how much it delays varies a lot from seed to seed."
+    "This is a toy: 0.4 M parameters, an invented world, a few seeds. LoX delays the loss of refusals in fine-tuning, "
+    "it does not prevent it, and how much it delays varies a lot from seed to seed. Part of a gain can be plain "
+    "refusing."
 )
 
 
 @dataclass(frozen=True)
 class ModelResult(JsonRecord):
-    """One row of the table.
+    """One row of the table of the first seed.
 
     Attributes:
         name: "base", "aligned", or "hardened" with its alpha.
@@ -53,45 +56,28 @@ class ModelResult(JsonRecord):
 
 
 @dataclass(frozen=True)
-class Agreement(JsonRecord):
-    """How far the three routes to one hardened model are apart.
-
-    Attributes:
-        alpha: Strength of the hardening.
-        largest_edit: max |W_hardened - W_aligned| over all weights, for comparison.
-        memory_difference: max |difference| between `harden_checkpoint` and `apply_lox`.
-        adapter_difference: max |difference| between `harden_checkpoint` and `get_lox_model`, merged.
-        within: Whether both differences are at most `AGREEMENT`.
-    """
-
-    alpha: float
-    largest_edit: float
-    memory_difference: float
-    adapter_difference: float
-    within: bool
-
-
-@dataclass(frozen=True)
 class DemoReport(JsonRecord):
     """What the demonstration did and found.
 
     Attributes:
-        seed: Seed of the pair.
-        r: Directions in each matrix that were extrapolated.
-        folder: Where everything is.
-        results: Base, aligned, and hardened at each strength.
-        agreements: How far the three routes are apart, at each strength.
+        seed: The first seed, whose pair the next three belong to.
+        folder: Where its checkpoints are.
+        results: Its base and aligned model, and the hardened one at each strength, before any attack.
+        agreements: How far the three ways to a hardened model are apart, at each strength.
         questions: The held-out questions as a prompt set, a file.
+        stress: The attacks on the models of all seeds.
+        stress_dir: Where the stress test's pages and figures are.
         seconds: Wall time, in seconds.
         caveat: What these numbers do not say.
     """
 
     seed: int
-    r: int
     folder: str
     results: tuple[ModelResult, ...]
     agreements: tuple[Agreement, ...]
     questions: str
+    stress: StressReport
+    stress_dir: str
     seconds: float
     caveat: str = CAVEAT
 
@@ -100,76 +86,144 @@ class DemoReport(JsonRecord):
         """Build the report with its nested records."""
         results = tuple(ModelResult.from_dict(item) for item in data["results"])
         agreements = tuple(Agreement.from_dict(item) for item in data["agreements"])
-        return super().from_dict({**data, "results": results, "agreements": agreements})
+        stress = StressReport.from_dict(data["stress"])
+        return super().from_dict({**data, "results": results, "agreements": agreements, "stress": stress})
 
 
 def tell_story(
-    output_dir: str | Path, seed: int = 0, recipe: Recipe | None = None, progress: Progress | None = None
+    output_dir: str | Path,
+    seeds: Sequence[int] = SEEDS,
+    attacks: Sequence[str] = (DEFAULT,),
+    *,
+    cache_dir: str | Path | None = None,
+    controls: Sequence[str] = CONTROLS,
+    recipe: Recipe | None = None,
+    workers: int | None = None,
+    progressbar: bool | None = None,
 ) -> DemoReport:
-    """Train a small pair, harden it on disk, in memory and as an adapter, and measure all models before any attack.
+    r"""Train small pairs, harden them three ways, and attack them by fine-tuning, with and without LoX.
 
-    About a minute on one core; the trained pair stays in the output folder and is used again.
+    Under five minutes on two cores. The pairs stay in their folder and are used again; a killed run goes on.
 
     Args:
-        output_dir: Folder that keeps the pairs of all seeds; this one's checkpoints go to `seed-N` in it.
-        seed: Seed of the pair.
-        recipe: How the pair is trained; None takes the defaults, to which the demonstration's numbers belong.
-        progress: Called after every training step.
+        output_dir: Folder of everything.
+        seeds: Seeds of the pairs, and of the attacks on them.
+        attacks: Names of attacks, "default" or "all".
+        cache_dir: Folder that keeps the pairs of all seeds, each in `seed-N`; None takes the output folder.
+        controls: Controls beside the hardened models.
+        recipe: How the pairs are trained; None takes the defaults, to which the demonstration's numbers belong.
+        workers: Processes side by side, of one thread each; None takes one per core. They change no number.
+        progressbar: Show progress bars; None shows them on a terminal only.
 
     Returns:
-        The numbers and where the checkpoints are.
+        The numbers and where everything is.
 
     Raises:
+        ConfigError: If an attack or a control is not known, or a package is missing.
+        OutputError: If a folder holds something else, or cannot be written.
         LoxError: If peft is not installed.
-        OutputError: If the folder holds something else, or cannot be written.
 
     Example:
         >>> report = tell_story("lox-demo")  # doctest: +SKIP
-        >>> report.results[1].name, report.results[1].scores.refusals.share  # doctest: +SKIP
-        ('aligned', 1.0)
+        >>> print("\n".join(report.stress.headline))  # doctest: +SKIP
     """
     if find_spec("peft") is None:
         raise LoxError("The demonstration shows the adapter as well and needs peft: pip install 'lox-hf[peft]'.")
+    chosen = choose_attacks(attacks)
     started = time.perf_counter()
-    base, aligned = trained_pair(seed, output_dir, recipe, progress)
+    output = Path(output_dir).expanduser().absolute()
+    pairs = Path(cache_dir or output).expanduser().absolute()
+    workers = workers or min(MOST_WORKERS, os.cpu_count() or 1)
+    train_pairs(seeds, pairs, recipe, workers=workers, progressbar=progressbar)
+    base, aligned = trained_pair(seeds[0], pairs, recipe)
     results = [_measure("base", base), _measure("aligned", aligned)]
     agreements = []
-    for alpha in ALPHAS:
-        hardened = aligned.parent / f"hardened-alpha-{alpha:g}"
-        agreements.append(_harden_three_ways(base, aligned, hardened, alpha))
-        results.append(_measure(f"hardened alpha {alpha:g}", hardened))
-    seconds = time.perf_counter() - started
-    questions = str(aligned.parent / QUESTIONS_NAME)
-    return DemoReport(seed, R, str(aligned.parent), tuple(results), tuple(agreements), questions, seconds)
-
-
-def _harden_three_ways(base: Path, aligned: Path, hardened: Path, alpha: float) -> Agreement:
-    """Write the hardened checkpoint, make the same model in memory and as an adapter, and compare all weights."""
-    config = LoxConfig(base_model_name_or_path=str(base), r=R, alpha=alpha)
-    discard(hardened)
-    harden_checkpoint(aligned, hardened, config, progressbar=False)
-    on_disk = load(hardened)[0]
-    in_memory = apply_lox(load(aligned)[0], config, progressbar=False)
-    with quiet_transformers():
-        merged = get_lox_model(load(aligned)[0], config, progressbar=False).merge_and_unload()
-    memory_difference = _largest_difference(on_disk, in_memory)
-    adapter_difference = _largest_difference(on_disk, merged)
-    return Agreement(
-        alpha=alpha,
-        largest_edit=_largest_difference(on_disk, load(aligned)[0]),
-        memory_difference=memory_difference,
-        adapter_difference=adapter_difference,
-        within=max(memory_difference, adapter_difference) <= AGREEMENT,
+    for config in HARDENED:
+        hardened = aligned.parent / f"hardened-alpha-{config.alpha:g}"
+        agreements.append(harden_three_ways(base, aligned, hardened, config))
+        results.append(_measure(f"hardened alpha {config.alpha:g}", hardened))
+    config = _stress_config(pairs, _attack_files(output), seeds, chosen, controls, workers)
+    stress = stress_test(config, output / "stress", progressbar=progressbar)
+    return DemoReport(
+        seed=seeds[0],
+        folder=str(aligned.parent),
+        results=tuple(results),
+        agreements=tuple(agreements),
+        questions=str(aligned.parent / QUESTIONS_NAME),
+        stress=stress,
+        stress_dir=str(output / "stress"),
+        seconds=time.perf_counter() - started,
     )
 
 
-def _largest_difference(one: nn.Module, other: nn.Module) -> float:
-    """Return max |W - W'| over all weights of two models with the same names."""
-    ours, theirs = one.state_dict(), other.state_dict()
-    # A name that one side lacks is an endless difference, not a crash or an agreement.
-    if ours.keys() != theirs.keys():
-        return math.inf
-    return max((weight - theirs[name]).abs().max().item() for name, weight in ours.items())
+def choose_attacks(names: Sequence[str]) -> list[DemoAttack]:
+    """Return attacks by name, in the order of the report.
+
+    Args:
+        names: Names, "default" or "all".
+
+    Returns:
+        The attacks.
+
+    Raises:
+        ConfigError: If one is not known.
+    """
+    known = {attack.name: attack for attack in ATTACKS}
+    unknown = [name for name in names if name not in (*known, DEFAULT, ALL)]
+    if unknown or not names:
+        raise ConfigError(
+            f"There is no attack {', '.join(unknown)}; there are {', '.join([*known, DEFAULT, ALL])}."
+        )
+    return [
+        attack
+        for attack in ATTACKS
+        if attack.name in names or ALL in names or (attack.default and DEFAULT in names)
+    ]
+
+
+def _stress_config(
+    pairs: Path,
+    files: Path,
+    seeds: Sequence[int],
+    attacks: Sequence[DemoAttack],
+    controls: Sequence[str],
+    workers: int,
+) -> StressConfig:
+    """The attacks as the package's own; learning rates are scanned on the first seed."""
+    return StressConfig(
+        aligned_model=pairs / f"seed-{SEED}" / "aligned",
+        base_model=pairs / f"seed-{SEED}" / "base",
+        attacks=[_attack(attack, files) for attack in attacks],
+        hardened=HARDENED,
+        controls=controls,
+        seeds=seeds,
+        scan_seeds=1,
+        prompts=[seed_folder(seeds[0], pairs) / QUESTIONS_NAME],
+        max_new_tokens=LONGEST_ANSWER,
+        safety_data=files / SAFETY_NAME,
+        calibration_data=files / CALIBRATION_NAME,
+        control_training=ControlTraining(learning_rate=2e-4, match_steps=40, every=4),
+        device="cpu",
+        workers=workers,
+    )
+
+
+def _attack(attack: DemoAttack, files: Path) -> Attack:
+    return Attack(
+        name=attack.name,
+        data=str(files / attack.file_name),
+        sft=attack.sft,
+        task="exact" if attack.held_out else "loss",
+        held_out=attack.held_out,
+        source=attack.about,
+    )
+
+
+def _attack_files(output: Path) -> Path:
+    """The rows of all attacks; they take no time, so they are always made anew."""
+    folder = output / "attacks"
+    discard(folder)
+    return write_attacks(folder)
 
 
 def _measure(name: str, folder: Path) -> ModelResult:

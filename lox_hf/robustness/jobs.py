@@ -67,7 +67,7 @@ class Runner(Generic[Result]):
             return
         # Not forked: threads of torch and of tokenizers do not survive that.
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_begin_worker)
+        self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=begin_worker)
         try:
             yield self
         finally:
@@ -155,8 +155,8 @@ def _run_job(job: Job[Any]) -> Any:
     return job.run()
 
 
-def _begin_worker() -> None:
-    """One thread, and no life of its own: a process whose parent was killed would wait for work for ever."""
+def begin_worker() -> None:
+    """Give a process of a pool one thread, and end it with its parent, however that ends: else it waits for ever."""
     import torch
 
     torch.set_num_threads(1)

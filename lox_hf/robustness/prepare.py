@@ -98,21 +98,15 @@ class ControlJob:
         """Train it, and save it by one rename."""
         benign = load_examples(self.calibration_data)
         subject = self.subject
-        model, tokenizer = load_model(subject.aligned, **subject.loading)
         if subject.variant.kind == "retrained":
+            model, tokenizer = load_model(subject.aligned, **subject.loading)
             model, note = retrain(model, tokenizer, benign, training=self.training, seed=subject.seed), ""
         else:
+            target = self._target(benign).share  # before the aligned model is loaded: one is in memory at a time
+            model, tokenizer = load_model(subject.aligned, **subject.loading)
+            shared = {"measurement": self.measurement, "training": self.training, "seed": subject.seed}
             safe = load_examples(self.safety_data or "")
-            matched = match_refusals(
-                model,
-                tokenizer,
-                self._target(benign).share,
-                safe,
-                benign,
-                measurement=self.measurement,
-                training=self.training,
-                seed=subject.seed,
-            )
+            matched = match_refusals(model, tokenizer, target, safe, benign, **shared)
             model, note = matched.model, matched.describe()
         save_checkpoint(model, tokenizer, self.leaves)
         return Prepared(f"{subject.variant.name}, seed {subject.seed}: {note}" if note else "")
