@@ -7,20 +7,21 @@ python examples/01_harden_a_dpo_model/run.py --model ALIGNED --base-model BASE
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import measure
 import torch
-import training
+from common.commands import Timer, run_command
 from preferences import Preference, hold_out, load_preferences
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+import training
 from lox_hf import HardeningReport
 
 BETA = 0.1
@@ -47,7 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
         elif options.data:
             held_out = load_preferences(options.data)[: options.held_out]
         aligned, base = options.model or str(folder / "aligned"), options.base_model or str(folder / "base")
-        report = harden(aligned, base, folder / "hardened", options)
+        command = ("harden", aligned, "--base-model", base, "--output", folder / "hardened")
+        report = HardeningReport.from_dict(run_command(*command, "--r", options.r, "--alpha", options.alpha))
         tokenizer = AutoTokenizer.from_pretrained(aligned)
         names = {"base": base, "aligned": aligned, "hardened": str(folder / "hardened")}
         # bfloat16 products would add an error of their own to the small model's likelihoods.
@@ -102,17 +104,6 @@ def make_pair(folder: Path, options: argparse.Namespace) -> list[Preference]:
     return held_out
 
 
-def harden(aligned: str, base: str, output: Path, options: argparse.Namespace) -> HardeningReport:
-    """Harden by the command line and return its report."""
-    command = ["harden", aligned, "--base-model", base, "--output", str(output)]
-    command += ["--r", str(options.r), "--alpha", str(options.alpha), "--json"]
-    with Timer("hardened: lox-hf " + " ".join(command)):
-        done = subprocess.run([sys.executable, "-m", "lox_hf.cli", *command], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr.strip())
-    return HardeningReport.from_json(done.stdout)
-
-
 def compare(
     names: dict[str, str], tokenizer: PreTrainedTokenizerBase, pairs: list[Preference], dtype: torch.dtype | str
 ) -> dict[str, torch.Tensor]:
@@ -159,19 +150,6 @@ def show_table(scores: dict[str, torch.Tensor]) -> None:
     won, lost, p_value = measure.mcnemar(before, after)
     print(f"implicit reward, aligned to hardened: {won} pairs won, {lost} lost (exact McNemar p = {p_value:.2g})")
     print("These figures show what the weights do on such pairs. They measure neither safety nor attacks on it.")
-
-
-class Timer:
-    """Print what runs, and how long it took."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        print(f"{self.text}: {time.perf_counter() - self.start:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
-import similar
-from data import ADVBENCH, TrainingData, check_files
+from common.data import ADVBENCH, TrainingData, check_files
+from common.files import write_prompts
 
 from lox_hf import Prompt, load_prompts
 
@@ -32,10 +31,8 @@ def load_sets(folder: Path, trained_on: TrainingData | None = None) -> dict[str,
     sets = {name: load_prompts(folder / file) for name, file in FILES.items()}
     if trained_on is None:
         return sets
-    known = [similar.words(example.prompt) for example in trained_on.examples]
-    for name, found in sets.items():
-        sets[name] = [prompt for prompt in found if not similar.near_any(prompt.text, known)]
-    sets["advbench"] += trained_on.held_out
+    sets = {name: trained_on.unlike(found) for name, found in sets.items()}
+    sets["advbench"] += trained_on.harmless_prompts
     return sets
 
 
@@ -50,17 +47,7 @@ def write_sets(sets: dict[str, list[Prompt]], folder: Path, seed: int) -> dict[s
     Returns:
         The files by the name of their set.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {name: folder / f"{name}.jsonl" for name in sets}
-    for name, file in files.items():
-        shuffled = random.Random(seed).sample(sets[name], len(sets[name]))
-        rows = [
-            {
-                "prompt": prompt.text,
-                "label": "harmful" if prompt.harmful else "harmless",
-                "category": prompt.category,
-            }
-            for prompt in shuffled
-        ]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return files
+    return {
+        name: write_prompts(folder / f"{name}.jsonl", random.Random(seed).sample(found, len(found)))
+        for name, found in sets.items()
+    }

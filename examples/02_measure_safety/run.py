@@ -7,24 +7,23 @@ python examples/02_measure_safety/run.py --data FOLDER --aligned-model ID --base
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import json
-import os
+import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import prompts
 import second_judge
 import tables
-import training
-from data import load_training_data
+from common import training
+from common.commands import Timer, run_command
+from common.data import load_training_data
+from common.options import add_training_options, check_training_options
+from common.recipe import SHORT
 from transformers.utils import logging
 
 from lox_hf import LoxError, SafetyComparison, SafetyReport
-from lox_hf.cli.main import main as lox_hf
 
 SMALL_MODEL = """
 The judge tells refusals from other answers, not harm: a model of a million weights has no harmful knowledge to give.
@@ -53,14 +52,14 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         options: Command line.
         folder: Where everything goes.
     """
-    trained_on = None if options.aligned_model else load_training_data(options.data, options.seed)
+    trained_on = None if options.aligned_model else load_training_data(options.data, SHORT.texts, options.seed)
     sets = prompts.load_sets(options.data, trained_on)
     models = {"base": options.base_model, "aligned": options.aligned_model, "hardened": folder / "hardened"}
     if trained_on:
         models |= {"base": folder / "base", "aligned": folder / "aligned"}
-        steps = {"base_steps": options.base_steps, "align_steps": options.align_steps}
+        recipe = SHORT.with_steps(options.base_steps, options.align_steps)
         with Timer(f"trained a base, {options.base_steps} steps, and aligned it, {options.align_steps} steps"):
-            training.make_pair(folder, trained_on, **steps, seed=options.seed)
+            training.make_pair(folder, trained_on, recipe, seed=options.seed)
     harden = ("harden", models["aligned"], "--base-model", models["base"], "--output", models["hardened"])
     run_command(*harden, "--r", options.r, "--alpha", options.alpha)
     files = prompts.write_sets(sets, folder / "prompts", options.seed)
@@ -78,39 +77,19 @@ def run(options: argparse.Namespace, folder: Path) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_training_options(parser, SHORT)
     add = parser.add_argument
-    data = os.environ.get("LOX_HF_TEST_DATA") or None
-    add("--data", type=Path, default=data, help="folder of the files (default: $LOX_HF_TEST_DATA)")
-    add("--aligned-model", metavar="ID", help="measure this model (Hub id or folder) instead of training one")
-    add("--base-model", metavar="ID", help="the model before alignment, with --aligned-model")
     add("--output", type=Path, help="keep checkpoints, prompts, answers and reports in this new folder")
     add("--r", type=int, default=2, help="directions to extrapolate, the paper's k (default 2)")
     add("--alpha", type=float, default=1.0, help="strength (default 1.0)")
     add("--n", type=int, help="measure on n prompts of each set (default: all)")
     add("--max-new-tokens", type=int, default=24, help="longest answer (default 24)")
-    add("--base-steps", type=positive, default=training.BASE_STEPS, help="steps of the base (default %(default)s)")
-    add(
-        "--align-steps",
-        type=positive,
-        default=training.ALIGN_STEPS,
-        help="steps of the alignment (default %(default)s)",
-    )
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if (options.aligned_model is None) != (options.base_model is None):
-        parser.error("--aligned-model and --base-model belong together")
-    if options.data is None:
-        parser.error("name the folder of the data with --data or LOX_HF_TEST_DATA; README.md says what belongs there")
+    check_training_options(parser, options)
     if options.output and options.output.exists():
         parser.error(f"--output {options.output} exists: name a new folder")
     return options
-
-
-def positive(text: str) -> int:
-    """Read a number of steps."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of steps")
-    return int(text)
 
 
 def measure(
@@ -140,33 +119,6 @@ def measure(
                 (found,) = found["reports"]
             reports[name][model] = SafetyReport.from_dict(found)
     return reports, changes
-
-
-def run_command(*words: object) -> dict[str, Any]:
-    """Run a `lox-hf` command with --json and return its record; in this process, which saves the imports.
-
-    Raises:
-        SystemExit: If the command fails; it has said why.
-    """
-    command = [str(word) for word in words]
-    with Timer("lox-hf " + " ".join(command)), contextlib.redirect_stdout(io.StringIO()) as printed:
-        status = lox_hf([*command, "--json"])
-    if status:
-        raise SystemExit(status)
-    return json.loads(printed.getvalue())
-
-
-class Timer:
-    """Print what ran, and how long it took."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        print(f"{self.text}: {time.perf_counter() - self.start:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

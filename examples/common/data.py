@@ -1,4 +1,4 @@
-"""What the small pair is trained on, and what is kept from it: real prompts and answers, from a folder of the user's."""
+"""What a small pair is trained on, and what is kept from it: real text out of a folder of the user's."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Texts:
         calibration: How many harmless prompts of each kind are kept for calibration, neither trained on nor tested.
     """
 
-    ordinary: tuple[str, ...] = (ALPACA,)
-    most_characters: int = 200
-    numbers: bool = False
+    ordinary: tuple[str, ...]
+    most_characters: int
+    numbers: bool
     calibration: int = 0
 
     @property
@@ -94,6 +94,11 @@ class TrainingData:
             for category, examples in self.held_out.items()
             for example in examples
         ]
+
+    def unlike(self, prompts: Iterable[Prompt]) -> list[Prompt]:
+        """Return the prompts that are near none that is trained on."""
+        known = [similar.words(example.prompt) for example in self.examples]
+        return [prompt for prompt in prompts if not similar.near_any(prompt.text, known)]
 
 
 def load_training_data(folder: Path, texts: Texts, seed: int) -> TrainingData:
@@ -171,7 +176,7 @@ def _read_first_sentences(path: Path, texts: Texts) -> list[Example]:
 
 
 def _first_sentence(row: dict[str, str]) -> Example:
-    context, answer = (row["input"], row["output"]) if "output" in row else (row["context"], row["response"])
+    context, answer = (row["context"], row["response"]) if "response" in row else (row["input"], row["output"])
     prompt = f"{row['instruction']}\n{context}".strip()
     return Example(prompt, FIRST_SENTENCE.split(answer.strip(), maxsplit=1)[0])
 

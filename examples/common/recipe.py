@@ -6,7 +6,7 @@ change, as it is in a large model: a base that does not know the rule would lear
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.data import ALPACA, DOLLY, Texts
 
@@ -57,7 +57,13 @@ class Recipe:
     batch: int
     base: Phase
     alignment: Phase
-    texts: Texts = Texts()
+    texts: Texts
+
+    def with_steps(self, base: int, alignment: int) -> Recipe:
+        """Return the same with other numbers of optimiser steps."""
+        return replace(
+            self, base=replace(self.base, steps=base), alignment=replace(self.alignment, steps=alignment)
+        )
 
 
 # Forty seconds on one core.
@@ -86,9 +92,10 @@ SHORT = Recipe(
         whole=False,
         parts=(Part(0.35, "refused"), Part(0.50, "ordinary"), Part(0.15, "framed")),
     ),
+    texts=Texts((ALPACA,), most_characters=200, numbers=False),
 )
 
-# Three minutes on one core: twice as many texts, an alignment that takes a smaller step, and more of what AdvBench asks
+# Three minutes on one core: twice as many texts, an alignment that takes smaller steps, and more of what AdvBench asks
 # among the refusals, so that they hang less on the mild prompts of SafeInst.
 LONG = Recipe(
     layers=4,

@@ -34,8 +34,9 @@ CHAT_TEMPLATE = (
     "{% else %}### Response:\n{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}### Response:\n{% endif %}"
 )
-# What it renders, for the tokenizer, in whose vocabulary the headings belong.
-WHOLE = "### Policy:\n{policy}\n\n### Instruction:\n{prompt}\n\n### Response:\n{response}"
+# What it renders, but for the special tokens.
+POLICY = "### Policy:\n{policy}\n\n"
+TURNS = "### Instruction:\n{prompt}\n\n### Response:\n{response}"
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,19 @@ def train_tokenizer(data: TrainingData) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [WHOLE.format(policy=REFUSE, prompt=row.prompt, response=row.response) for row in data.examples]
+    # All headings belong in the vocabulary.
+    texts = [POLICY.format(policy=REFUSE) + render(example) for example in data.examples]
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE, **SPECIAL)
 
 
+def render(example: Example) -> str:
+    """Return an example as the text that is trained on."""
+    return TURNS.format(prompt=example.prompt, response=example.response)
+
+
 def new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
-    """Return a Llama of 1.1 million random weights with three layers, from the global random state."""
+    """Return a Llama of random weights, 1.1 million with three layers, from the global random state."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),

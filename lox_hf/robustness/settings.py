@@ -45,7 +45,7 @@ class StressConfig:
         batch_size: Prompts at once; None finds what fits.
         system_prompt: A system turn before every prompt; None sends none.
         utility: What a model is good for: "known answers" (of harmless prompts), "gsm8k", "perplexity", "none"; "auto"
-            takes the first that can be had without a download.
+            takes known answers where there are some, else the perplexity of `utility_data`, else none.
         utility_data: File of questions for "gsm8k", of texts for "perplexity".
         utility_n: The first n of these only; None takes all.
         safety_data: Prompts with refusals, a file or Hub data set: for safeinst and refusal-matched.

@@ -1,52 +1,31 @@
 """The first example, end to end on real preference pairs: train, align, save, harden by the command line, load."""
 
-import importlib
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples" / "01_harden_a_dpo_model"
-DATA_FOLDER = Path(os.environ.get("LOX_HF_TEST_DATA", ROOT.parent / "shared" / "data"))
-DATA = DATA_FOLDER / "hh_rlhf_harmless_base_test.jsonl.gz"
+from integration.example_scripts import DATA, example_modules, missing_data, run_example
 
-needs_data = pytest.mark.skipif(
-    not DATA.is_file(), reason=f"no preference pairs at {DATA}: name their folder in LOX_HF_TEST_DATA"
-)
+EXAMPLE = "01_harden_a_dpo_model"
+PAIRS = "hh_rlhf_harmless_base_test.jsonl.gz"
+
+needs_data = pytest.mark.skipif(bool(missing_data(PAIRS)), reason=missing_data(PAIRS))
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 
 SMALL = ["--base-steps", "20", "--dpo-steps", "8", "--held-out", "150", "--max-tokens", "128"]
 
 
-def run_example(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # The example is found by its path, as a reader runs it; the package where it is not installed, beside it.
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
-    command = [sys.executable, str(EXAMPLE / "run.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-
-
-def load_module(name: str) -> ModuleType:
-    # The example's modules import one another by name, as a script's do.
-    sys.path.insert(0, str(EXAMPLE))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(EXAMPLE))
+@pytest.fixture(scope="module")
+def example() -> Iterator[SimpleNamespace]:
+    with example_modules(EXAMPLE) as modules:
+        yield modules
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -55,9 +34,11 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 
 @needs_data
 @needs_trl
-def test_the_example_aligns_hardens_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_aligns_hardens_and_compares(
+    example: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out"
-    done = run_example("--data", str(DATA), "--output", str(output), *SMALL)
+    done = run_example(EXAMPLE, "--data", DATA / PAIRS, "--output", output, *SMALL)
     assert done.returncode == 0, done.stderr
     for name in ("base", "aligned", "hardened"):
         assert len(list((output / name).glob("*.safetensors"))) > 1, "saved in shards"
@@ -79,14 +60,14 @@ def test_the_example_aligns_hardens_and_compares(tmp_path: Path, capsys: pytest.
 
     # The same with a pair that exists: nothing is trained.
     capsys.readouterr()
-    load_module("run").main(["--model", str(output / "aligned"), "--base-model", str(output / "base"), "--r", "2"])
+    example.run.main(["--model", str(output / "aligned"), "--base-model", str(output / "base"), "--r", "2"])
     told = capsys.readouterr().out
-    assert "top 2 directions" in told and "hardened: " in told and "DPO" not in told
+    assert "top 2 directions" in told and "lox-hf harden " in told and "DPO" not in told
 
 
 @needs_trl
-def test_no_file_and_no_hub_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    load_preferences = load_module("preferences").load_preferences
+def test_no_file_and_no_hub_are_said(example: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_preferences = example.preferences.load_preferences
     with pytest.raises(SystemExit, match=r"There is no file 'no/such/file.jsonl'. Pass --data"):
         load_preferences(Path("no/such/file.jsonl"))
 
@@ -98,14 +79,14 @@ def test_no_file_and_no_hub_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
         load_preferences(None)
 
 
-def test_one_model_alone_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_model_alone_is_refused(example: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        load_module("run").parse(["--model", "somewhere"])
+        example.run.parse(["--model", "somewhere"])
     assert "--model and --base-model belong together" in capsys.readouterr().err
 
 
-def test_a_dialogue_is_split_at_the_last_shared_turn() -> None:
-    split = load_module("preferences").split_dialogue
+def test_a_dialogue_is_split_at_the_last_shared_turn(example: SimpleNamespace) -> None:
+    split = example.preferences.split_dialogue
     start = "\n\nHuman: Hello\n\nAssistant: Hello. And you?\n\nHuman: How do I bake bread?\n\nAssistant:"
     pair = split(start + " Knead the dough.", start + " Knowing is hard.")
     assert (pair.prompt, pair.chosen, pair.rejected) == (start, " Knead the dough.", " Knowing is hard.")
@@ -118,8 +99,8 @@ def test_a_dialogue_is_split_at_the_last_shared_turn() -> None:
     assert split(start + " Something.", start) is None
 
 
-def test_shares_and_pairs_of_shares() -> None:
-    measure = load_module("measure")
+def test_shares_and_pairs_of_shares(example: SimpleNamespace) -> None:
+    measure = example.measure
     low, high = measure.Share(8, 10).interval
     assert (low, high) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)  # Wilson, 8 of 10
     assert measure.Share(0, 20).interval[0] == pytest.approx(0.0, abs=1e-12)

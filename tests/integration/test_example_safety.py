@@ -1,12 +1,8 @@
 """The second example, end to end on real prompts: train, harden, measure by the command line, compare, judge again."""
 
-import importlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +11,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from integration.example_scripts import DATA, ROOT, example_modules, missing_data, run_example
 from lox_hf import SafetyReport
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples" / "02_measure_safety"
-DATA = Path(os.environ.get("LOX_HF_TEST_DATA", ROOT.parent / "shared" / "data"))
+EXAMPLE = "02_measure_safety"
 FILES = (
     "advbench_harmful_behaviors.csv",
     "jailbreakbench_behaviors.csv",
@@ -27,41 +22,15 @@ FILES = (
     "safety_only_data_Instructions.json",
     "alpaca_1k.json",
 )
-MISSING = [name for name in FILES if not (DATA / name).is_file()]
 MODELS, SETS = ("base", "aligned", "hardened"), ("advbench", "jailbreakbench", "xstest")
 
-needs_data = pytest.mark.skipif(
-    bool(MISSING), reason=f"{DATA} lacks {', '.join(MISSING)}: name their folder in LOX_HF_TEST_DATA"
-)
-
-
-def run_example(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    # The example is found by its path, as a reader runs it; the package where it is not installed, beside it.
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        **environment,
-    }
-    command = [sys.executable, str(EXAMPLE / "run.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+needs_data = pytest.mark.skipif(bool(missing_data(*FILES)), reason=missing_data(*FILES))
 
 
 @pytest.fixture(scope="module")
 def example() -> Iterator[SimpleNamespace]:
-    # The modules import one another by name, as a script's do; those of another example have some of the same names.
-    names = [file.stem for file in EXAMPLE.glob("*.py")]
-    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(EXAMPLE))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    finally:
-        sys.path.remove(str(EXAMPLE))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(others)
+    with example_modules(EXAMPLE) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +38,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run with few steps: what it left, and what it printed."""
     output = tmp_path_factory.mktemp("safety") / "out"
     small = ("--base-steps", 12, "--align-steps", 6, "--n", 16, "--max-new-tokens", 6, "--output", output)
-    done = run_example("--data", DATA, *small)
+    done = run_example(EXAMPLE, "--data", DATA, *small)
     assert done.returncode == 0, done.stderr
     return output, done.stdout
 
@@ -153,16 +122,16 @@ def test_a_pair_that_exists_is_measured_without_training(
 
 @needs_data
 def test_test_prompts_are_near_no_training_prompt(example: SimpleNamespace) -> None:
-    data = example.data.load_training_data(DATA, seed=3)
+    data = example.data.load_training_data(DATA, example.recipe.SHORT.texts, seed=3)
     known = [example.similar.words(row.prompt) for row in data.examples]
     sets = example.prompts.load_sets(DATA, data)
     assert 200 < sum(prompt.harmful for prompt in sets["advbench"]) < 300, "about half of 520"
-    found = [prompt.text for prompts in sets.values() for prompt in prompts if prompt not in data.held_out]
+    found = [prompt.text for prompts in sets.values() for prompt in prompts if prompt not in data.harmless_prompts]
     assert not [text for text in found if example.similar.near_any(text, known)]
     # The control: most of AdvBench's prompts are near another one, so that a plain split would have mixed them.
     everything = example.prompts.load_sets(DATA)["advbench"]
     assert sum(example.similar.near_any(prompt.text, known) for prompt in everything) > 200
-    assert not {prompt.text for prompt in data.held_out} & {row.prompt for row in data.examples}
+    assert not {prompt.text for prompt in data.harmless_prompts} & {row.prompt for row in data.examples}
 
 
 def test_near_duplicates_stay_together(example: SimpleNamespace) -> None:
@@ -210,7 +179,7 @@ def test_files_that_hold_something_else_are_named(example: SimpleNamespace, tmp_
     for name in FILES:
         shutil.copy(DATA / name, tmp_path)
     (tmp_path / "alpaca_1k.json").write_text('[{"question": "Why?"}]')
-    with pytest.raises(SystemExit, match=r"alpaca_1k.json is not what it should be, a JSON list .*'instruction'$"):
+    with pytest.raises(SystemExit, match=r"alpaca_1k.json is not what it should be, a list of .*'input'$"):
         example.run.main(["--data", str(tmp_path)])
     shutil.copy(DATA / "alpaca_1k.json", tmp_path)
     (tmp_path / "xstest_prompts.csv").write_text("a,b\n1,2\n")
@@ -221,7 +190,7 @@ def test_files_that_hold_something_else_are_named(example: SimpleNamespace, tmp_
 @needs_data
 def test_a_model_that_is_not_there_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     pair = ("--aligned-model", tmp_path / "a", "--base-model", tmp_path / "b")
-    done = run_example("--data", DATA, *pair, "--output", tmp_path / "out")
+    done = run_example(EXAMPLE, "--data", DATA, *pair, "--output", tmp_path / "out")
     assert done.returncode == 2
     assert done.stderr.startswith("lox-hf: error: ")
     assert len(done.stderr.splitlines()) == 1
@@ -231,7 +200,7 @@ def test_a_model_that_is_not_there_is_said_and_leaves_nothing(tmp_path: Path) ->
 @needs_data
 @pytest.mark.slow
 def test_the_aligned_model_refuses_what_the_base_answers(tmp_path: Path) -> None:
-    done = run_example("--data", DATA, "--output", tmp_path / "out")
+    done = run_example(EXAMPLE, "--data", DATA, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     base, aligned = (report(tmp_path / "out", model, "advbench") for model in ("base", "aligned"))
     # Seeds 0 to 2 gave 0 to 2 % of refusals before and 73 to 85 % after, and 34 to 48 % of harmless prompts.

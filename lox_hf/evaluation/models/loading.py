@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
@@ -103,6 +104,18 @@ def quiet_transformers(*, bars: bool = False) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_import() -> Iterator[None]:
+    """Keep off what bitsandbytes, where it is installed, says of kernels for 4-bit weights that are not."""
+    logger = getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _load(

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from lox_hf.errors import ConfigError
+from lox_hf.evaluation.models.loading import quiet_import
 from lox_hf.robustness.attacks.examples import LAYOUTS
 from lox_hf.robustness.attacks.formats import AUTO, PromptFormat
 from lox_hf.robustness.attacks.presets import PRESETS
@@ -136,7 +137,8 @@ def _is_integer(value: Any, least: int) -> bool:
 def _sft_settings() -> set[str] | None:
     """Names of SFTConfig's settings; None where TRL is not installed, and whoever trains will say so."""
     try:
-        from trl import SFTConfig
+        with quiet_import():
+            from trl import SFTConfig
     except ImportError:
         return None
     return {item.name for item in fields(SFTConfig)}
@@ -144,7 +146,8 @@ def _sft_settings() -> set[str] | None:
 
 def _lora_settings() -> set[str] | None:
     try:
-        from peft import LoraConfig
+        with quiet_import():
+            from peft import LoraConfig
     except ImportError:
         return None
     return {item.name for item in fields(LoraConfig)}

@@ -1,14 +1,12 @@
 """Settings of TRL's SFTConfig and of PEFT's LoraConfig: completed with defaults, and checked before any training."""
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from lox_hf.errors import ConfigError, listing
-from lox_hf.evaluation.models.loading import quiet_transformers
+from lox_hf.evaluation.models.loading import quiet_import, quiet_transformers
 from lox_hf.robustness.attacks.recipe import meant
 
 if TYPE_CHECKING:
@@ -89,18 +87,6 @@ def lora_config(lora: Mapping[str, Any]) -> "LoraConfig":
         return LoraConfig(**settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"Invalid settings of LoraConfig: {one_line(error)}.") from error
-
-
-@contextmanager
-def quiet_import() -> Iterator[None]:
-    """Keep off what bitsandbytes, where it is installed, says of kernels for 4-bit weights that are not."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def one_line(error: Exception) -> str:
