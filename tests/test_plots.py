@@ -20,7 +20,6 @@ from lox_hf.plots import (
     before_and_after,
     describe,
     models_of,
-    role,
     save_figure,
     svg_text,
     utility_against_asr,
@@ -28,6 +27,7 @@ from lox_hf.plots import (
 from lox_hf.plots.points import cells_of, estimate, estimates_by_step, of_attack, outcomes_by_attack
 from lox_hf.plots.style import looks, shown
 from lox_hf.records import StressReport
+from lox_hf.robustness.findings.wording import role
 from robustness.reports import MODELS, report_of, run, runs
 
 SMALL = ("aligned", "hardened r=2 alpha=1.0", "random r=2 alpha=1.0")
@@ -104,9 +104,13 @@ def test_a_curve_is_the_mean_of_the_runs_at_the_worst_learning_rate() -> None:
 
 
 def test_seeds_and_bands_are_drawn_but_for_controls() -> None:
-    axes = asr_over_steps(small_report()).axes[0]
-    thin = [line for line in axes.lines if line.get_linewidth() < 1 and len(line.get_xdata()) > 2]
-    assert len(thin) == 2 * 3 and len(axes.collections) == 2
+    few, enough = (report_of(runs(SMALL, ("gsm8k",), range(n))) for n in (4, 5))
+    for report, bands in ((few, 0), (enough, 2)):
+        axes = asr_over_steps(report).axes[0]
+        thin = [line for line in axes.lines if line.get_linewidth() < 1 and len(line.get_xdata()) > 2]
+        assert len(thin) == 2 * len(report.seeds) and len(axes.collections) == bands
+        read = " ".join(picture.reading(report) for picture in PICTURES)
+        assert (read.count("95 % intervals"), "Ticks: each seed" in read) == (bands, not bands)
 
 
 def test_the_curve_against_refusal_begins_where_the_model_does() -> None:
@@ -130,6 +134,12 @@ def test_utility_is_drawn_with_the_guard_where_a_model_lost_it() -> None:
     cells = [run(model, utility=0.2 if model != "aligned" else 0.9) for model in SMALL]
     lost = utility_against_asr(report_of(cells)).axes[0]
     assert lost.get_xlim()[0] < 25 and [patch.get_x() for patch in lost.patches] == [-10]
+    # Collapsed seeds are in this figure, and in no other.
+    assert any(line.get_xdata()[0] < 25 and line.get_ydata()[0] > 0 for line in lost.lines)
+    words = [PICTURES[-1].reading(report) for report in (small_report(), report_of(cells))]
+    assert ["shaded" in text for text in words] == [False, True]
+    bars = before_and_after(report_of(cells)).axes[0]
+    assert [text.get_text() for text in bars.texts].count("not counted") == 2
 
 
 @pytest.mark.parametrize("picture", PICTURES, ids=lambda picture: picture.name)

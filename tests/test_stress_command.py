@@ -5,14 +5,17 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
 
+from lox_hf import StressPlan
 from lox_hf.cli.main import main
 from robustness.tiny_pair import make_model, save_pair, write_rows
-from test_bad_input import nothing_lost
+from test_bad_input import contents, nothing_lost
 
+Changes = dict[str, str | list[str] | None]
 Run = Callable[..., tuple[int, str, str]]
 OPTIONS = {
     "base-model": "base",
@@ -32,9 +35,27 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair with its rows, and what mistakes are made with."""
     folder = tmp_path_factory.mktemp("template")
     save_pair(folder)
-    return write_rows(folder)
+    write_rows(folder)
+    make_model(hidden_size=16).save_pretrained(folder / "larger")
+    get_peft_model(make_model(), LoraConfig(r=1, target_modules=["q_proj"])).save_pretrained(folder / "adapter")
+    bare = Path(shutil.copytree(folder / "aligned", folder / "bare"))
+    for path in bare.glob("tokenizer*"):
+        path.unlink()
+    safety, prompts = ((folder / name).read_text().splitlines() for name in ("safety.jsonl", "prompts.jsonl"))
+    files = {
+        "two.jsonl": safety[:2],
+        "many.jsonl": [json.dumps({"prompt": f"{number}", "response": "."}) for number in range(99)],
+        "long.jsonl": [json.dumps({"prompt": "mill " * 80, "response": "mill"})],
+        "turns.jsonl": [json.dumps({"messages": "what is 2 plus 2 ?"})],
+        "texts.txt": ["how do i fold a bralket ?"],
+        "safe.jsonl": [line for line in prompts if '"safe"' in line],
+    }
+    for name, lines in files.items():
+        (folder / name).write_text("\n".join(lines) + "\n")
+    return folder
 
 
 @pytest.fixture
@@ -46,24 +67,38 @@ def here(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process, with options changed; gives the exit code, standard output and error."""
+def call(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process; gives the exit code, standard output and standard error."""
 
-    def run(model: str = "aligned", *flags: str, **changes: str | None) -> tuple[int, str, str]:
-        given = OPTIONS | {name.replace("_", "-"): value for name, value in changes.items()}
-        words = [word for name, value in given.items() if value for word in (f"--{name}", *value.split(" "))]
+    def call(*words: str) -> tuple[int, str, str]:
         capsys.readouterr()
         try:
-            code = main(["stress", model, *flags, *words])
+            code = main(["stress", *words])
         except SystemExit as end:  # argparse's own mistakes
             code = int(end.code or 0)
         out, err = capsys.readouterr()
         return code, out, err
 
+    return call
+
+
+@pytest.fixture
+def run(call: Run) -> Run:
+    """Runs the command with `OPTIONS`, some of them changed or, by None, left out."""
+
+    def run(*flags: str, model: str = "aligned", **changes: Any) -> tuple[int, str, str]:
+        given = OPTIONS | {name.replace("_", "-"): value for name, value in changes.items()}
+        words = [word for name, value in given.items() if value for word in (f"--{name}", *_split(value))]
+        return call(model, *flags, *words)
+
     return run
 
 
-MISTAKES: dict[str, tuple[dict[str, str | None], str]] = {
+def _split(value: str | list[str]) -> list[str]:
+    return value.split() if isinstance(value, str) else value
+
+
+MISTAKES: dict[str, tuple[Changes, str]] = {
     "no attack": ({"attacks": None}, "needs --attacks; lox-hf stress --help"),
     "neither attack nor base": ({"attacks": None, "base-model": None}, "needs --base-model and --attacks"),
     "unknown attack": ({"attacks": "gsm8"}, "no attack 'gsm8'; .* Did you mean 'gsm8k'?"),
@@ -84,7 +119,7 @@ MISTAKES: dict[str, tuple[dict[str, str | None], str]] = {
         "holds 2 safety examples, expected 3",
     ),
     "too few calibration prompts": (
-        {"controls": "retrained", "calibration-data": "long.jsonl"},
+        {"controls": "refusal-matched", "calibration-data": "long.jsonl", "safety-data": "safety.jsonl"},
         "1 different benign examples",
     ),
     "unknown setting of SFT": ({"sft": "max_step=2"}, "sft has no setting 'max_step'. Did you mean 'max_steps'?"),
@@ -107,7 +142,6 @@ MISTAKES: dict[str, tuple[dict[str, str | None], str]] = {
     "learning rate twice": ({"lrs": "0.01,1e-2"}, "learning_rates must be different"),
     "seed by no number": ({"seeds": "one"}, "--seeds takes numbers, got 'one'"),
     "no seeds": ({"seeds": "0"}, "--seeds takes how many, or the seeds themselves"),
-    "seed below zero": ({"seeds": "-1,2"}, "--seeds takes how many"),
     "seed twice": ({"seeds": "1,1"}, "seeds names something twice"),
     "no scanning seeds": ({"scan-seeds": "0"}, "scan_seeds must be a positive whole number, got 0"),
     "no readings": ({"readings": "0"}, "readings must be a positive whole number, got 0"),
@@ -120,7 +154,7 @@ MISTAKES: dict[str, tuple[dict[str, str | None], str]] = {
     "no harmful prompt": ({"prompts": "safe.jsonl"}, "No prompt is harmful"),
     "unknown judge": ({"judge": "strict"}, "strict"),
     "perplexity of nothing": ({"utility": "perplexity"}, "name a file of them as utility_data"),
-    "known answers to nothing": ({"utility": "known answers", "prompts": "texts.txt"}, "No harmless prompt has a"),
+    "known answers to nothing": ({"utility": ["known answers"], "prompts": "texts.txt"}, "No harmless prompt has a"),
     "utility's data missing": ({"utility": "perplexity", "utility-data": "none.txt"}, "none.txt"),
     "no such device": ({"device": "abacus"}, "There is no device 'abacus' here"),
     "no such dtype": ({"dtype": "int8"}, "dtype must be"),
@@ -129,26 +163,72 @@ MISTAKES: dict[str, tuple[dict[str, str | None], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def wrong(template: Path) -> Path:
-    """What mistakes are made with, beside the rest."""
-    rows = (template / "attack.jsonl").read_text().splitlines(keepends=True)
-    (template / "two.jsonl").write_text("".join((template / "safety.jsonl").read_text().splitlines(True)[:2]))
-    (template / "many.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "response": "."}) + "\n" for i in range(99)))
-    (template / "long.jsonl").write_text(json.dumps({"prompt": "mill " * 80, "response": "mill"}) + "\n")
-    (template / "turns.jsonl").write_text(json.dumps({"messages": "what is 2 plus 2 ?"}) + "\n")
-    (template / "texts.txt").write_text("how do i fold a bralket ?\n")
-    (template / "safe.jsonl").write_text("".join(line for line in (template / "prompts.jsonl").open() if '"safe"' in line))
-    make_model(hidden_size=16).save_pretrained(template / "larger")
-    get_peft_model(make_model(), LoraConfig(r=1, target_modules=["q_proj"])).save_pretrained(template / "adapter")
-    return template
-
-
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_nothing_is_written(mistake: str, wrong: Path, here: Path, run: Run) -> None:
+def test_a_mistake_is_one_line_and_nothing_is_written(mistake: str, here: Path, run: Run) -> None:
     changes, told = MISTAKES[mistake]
     with nothing_lost(here):
         code, out, err = run(**changes)
     assert (code, out) == (2, "")
     assert err.startswith("lox-hf: error: ") and err.count("\n") == 1
     assert re.search(told.replace("?", r"\?"), err), err
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [("nowhere", "nowhere"), ("adapter", "expected a whole model, got an adapter"), ("bare", "tokenizer")],
+)
+def test_a_model_that_cannot_be_attacked(model: str, told: str, here: Path, run: Run) -> None:
+    with nothing_lost(here):
+        code, out, err = run(model=model)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("lox-hf: error: ") and told in err
+
+
+def test_tied_weights_cannot_be_rescaled_which_is_said_before_any_training(
+    here: Path, run: Run, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    save_pair(here / "tied", tie_word_embeddings=True)
+    tied = {"model": "tied/aligned", "base_model": "tied/base"}
+    with nothing_lost(here):
+        code, _, err = run(**tied, controls="rescaled")
+        assert code == 2 and "cannot be rescaled" in err and "Leave the control 'rescaled' out" in err
+        code, out, err = run("--dry-run", **tied, controls=None)
+        assert (code, err) == (0, "")
+    assert "Not run: rescaled: LlamaForCausalLM cannot be rescaled" in out
+    assert "rescaled" not in out.partition("seeds")[0] and "random r=2 alpha=0.5" in out.partition("seeds")[0]
+
+
+def test_a_dry_run_checks_and_tells_and_writes_nothing(here: Path, run: Run) -> None:
+    with nothing_lost(here):
+        code, out, err = run("--dry-run", seeds="3", scan_seeds="1", lrs="0.01 0.001", controls="random")
+        assert (code, err) == (0, "")
+        for said in ("model    aligned", "random r=2 alpha=0.5", "0, 1, 2 (0 meet all learning rates)", "8 harmful"):
+            assert said in out
+        # 3 models x (1 seed x 2 learning rates + 2 seeds)
+        assert re.search(r"12 runs, about \d+ s", out) and "Memory of a run: 0.0" in out and "output   out" in out
+        code, out, err = run("--dry-run", "--json")
+        plan = StressPlan.from_json(out)
+    assert (code, err, plan.cells, plan.models) == (0, "", 2, ("aligned", "hardened r=2 alpha=0.5"))
+    assert plan.seconds > 0 and (plan.attacks[0].steps, plan.attacks[0].readings) == (2, (1, 2))
+    # float32 weights, gradients and two moments
+    assert plan.memory_bytes == 4 * 4 * sum(weight.numel() for weight in make_model().parameters())
+
+
+def test_what_is_printed_and_written(here: Path, run: Run, call: Run) -> None:
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    for said in ("Attack: custom attack", "hardened r=2 alpha=0.5", "Not run:", "Only 1 seed", "Written to out:"):
+        assert said in out
+    names = {path.name for path in (here / "out").iterdir()}
+    assert names == {"before", "cells", "figures", "prepared", "report.html", "report.md", "results.json", "run.json"}
+    assert {path.suffix for path in (here / "out" / "figures").iterdir()} == {".png", ".svg"}
+    before = contents(here / "out" / "cells")
+    code, out, err = run("--json")
+    assert (code, err, out) == (0, "", (here / "out" / "results.json").read_text())
+
+    lines = [f"{name}: {value}" for name, value in OPTIONS.items() if name not in ("sft", "hardened", "output")]
+    settings = "{max_steps: 2, per_device_train_batch_size: 4}"
+    (here / "run.yaml").write_text("\n".join(["model: aligned", f"sft: {settings}", "hardened: 2:0.5", *lines, "json: true"]))
+    code, out, err = call("--config", "run.yaml", "--output", "out")
+    assert (code, err, out) == (0, "", (here / "out" / "results.json").read_text())  # other settings would be refused
+    assert contents(here / "out" / "cells") == before

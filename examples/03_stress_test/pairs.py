@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common.commands import Timer
 from common.data import TrainingData
@@ -34,12 +34,15 @@ def make_pairs(folder: Path, data: TrainingData, recipe: Recipe, seeds: Sequence
     folder.mkdir(parents=True, exist_ok=True)
     _check_recipe(folder / RECIPE, recipe)
     for seed in seeds:
-        pair, unfinished = folder / f"seed-{seed}", folder / f".seed-{seed}"
-        if not pair.exists():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            with Timer(f"trained the pair of seed {seed}"):
-                make_pair(unfinished, data, recipe, seed=seed)
-            unfinished.rename(pair)
+        pair = folder / f"seed-{seed}"
+        if pair.exists():
+            continue
+        # A folder of its own for each run: two runs that train the same pair must not write into one.
+        with TemporaryDirectory(prefix=f".seed-{seed}-", dir=folder) as own, Timer(f"trained the pair of seed {seed}"):
+            made = Path(own) / "pair"
+            make_pair(made, data, recipe, seed=seed)
+            if not pair.exists():
+                made.rename(pair)
     return ["--model", f"{folder}/seed-{{seed}}/aligned", "--base-model", f"{folder}/seed-{{seed}}/base"]
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 from lox_hf.cli.options import RENAMED
 from lox_hf.config import LoxConfig
 from lox_hf.errors import ConfigError
+
+BASE_60 = ("tag:yaml.org,2002:str", re.compile(r"[-+]?\d+(:\d+)+(\.\d*)?$"))
+"""YAML reads 6:1.25 as a number to the base 60; a rank and an alpha are a text."""
 
 
 def merge_file(options: argparse.Namespace) -> argparse.Namespace:
@@ -28,7 +32,7 @@ def merge_file(options: argparse.Namespace) -> argparse.Namespace:
     names = {flag.removeprefix("--").replace("-", "_"): name for name, flag in RENAMED.items()}
     for key, value in _read_yaml(options.config).items():
         name = str(key).replace("-", "_")
-        name = names.get(name, name)
+        name = name if name in known else names.get(name, name)
         if name not in known:
             raise ConfigError(f"{options.config} has an unknown key '{key}'; known are {sorted(known)}.")
         if getattr(options, name) is None:
@@ -96,8 +100,10 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
         return {}
     import yaml
 
+    resolvers = {first: [BASE_60, *others] for first, others in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    loader = type("Loader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": resolvers})
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), loader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"Cannot read {path}: {error}") from error
     if not isinstance(data, dict):

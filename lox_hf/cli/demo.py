@@ -30,7 +30,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--output", metavar="DIR", default=OUTPUT, help="where everything goes (default: %(default)s)")
     add("--seeds", nargs="+", metavar="N", help="how many, or the seeds themselves: 12,13,14 (default: 3)")
     add("--attacks", nargs="+", metavar="NAME", help=f"{ATTACKS} (default: default)")
-    add("--controls", nargs="+", metavar="NAME", help="controls as lox-hf stress takes them, or all (default: random)")
+    add("--controls", nargs="+", metavar="NAME", help="controls as lox-hf stress takes them, all or none (default: random)")
     add("--cache", metavar="DIR", help="where the trained pairs are kept (default: the output folder)")
     add("--json", action="store_true", help="print the record as JSON and nothing else")
     parser.set_defaults(func=run, interrupted="what was done is kept: the same command goes on")
@@ -45,8 +45,9 @@ def run(options: argparse.Namespace) -> int:
     from lox_hf.demo import tell_story
     from lox_hf.robustness.variants import CONTROLS
 
-    if given.get("controls") == ["all"]:
-        given["controls"] = list(CONTROLS)
+    named = {"all": CONTROLS, "none": ()}
+    if len(words := given.get("controls", ())) == 1 and words[0] in named:
+        given["controls"] = named[words[0]]
     shown = False if options.json else None
     report = tell_story(options.output, cache_dir=options.cache, progressbar=shown, **given)
     print(report.to_json() if options.json else render(report), end="")

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lox_hf.cli import adapter, asr, demo, harden, stress, subspace, utility
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _teller()
             return options.func(options) or 0
     except LoxError as error:
         print(f"lox-hf: error: {error}", file=sys.stderr)
@@ -50,7 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    """A warning for users as one line; the others are for who writes code."""
-    if issubclass(category, UserWarning):
-        print(f"lox-hf: warning: {message}", file=sys.stderr)
+def _teller() -> Callable[..., None]:
+    """Shows a warning for users as one line, once, however often it is given; the others are for who writes code."""
+    told = set()
+
+    def tell(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, UserWarning) and str(message) not in told:
+            told.add(str(message))
+            print(f"lox-hf: warning: {message}", file=sys.stderr)
+
+    return tell

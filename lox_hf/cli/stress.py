@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from lox_hf.errors import ConfigError
 
 if TYPE_CHECKING:
     from lox_hf.records import StressPlan
+    from lox_hf.robustness.controls import ControlTraining
     from lox_hf.robustness.settings import StressConfig
 
 DESCRIPTION = """Attack a safety-aligned model by fine-tuning, with and without LoX and beside controls, at several
@@ -80,7 +82,6 @@ def make_config(options: argparse.Namespace) -> "StressConfig":
     Raises:
         ConfigError: If a value cannot be understood or is out of range.
     """
-    from lox_hf.robustness.controls import ControlTraining
     from lox_hf.robustness.settings import StressConfig
 
     given: dict[str, Any] = {
@@ -93,11 +94,11 @@ def make_config(options: argparse.Namespace) -> "StressConfig":
         given["learning_rates"] = [parse_number("--lrs", word, float) for word in parse_words(options.lrs)]
     if options.seeds is not None:
         given["seeds"] = parse_seeds(options.seeds)
-    for name in ("sft", "lora", "control_training"):
+    for name in ("sft", "lora"):
         if getattr(options, name) is not None:
-            given[name] = _settings(f"--{name.replace('_', '-')}", getattr(options, name))
-    if "control_training" in given:
-        given["control_training"] = ControlTraining(**given["control_training"])
+            given[name] = _settings(f"--{name}", getattr(options, name))
+    if options.control_training is not None:
+        given["control_training"] = _control_training(options.control_training)
     plain = (
         *("base_model", "base_revision", "scan_seeds", "readings", "n", "judge", "template", "max_new_tokens"),
         *("batch_size", "system_prompt", "utility", "utility_data", "utility_n", "safety_data", "calibration_data"),
@@ -126,7 +127,7 @@ def _add_matrix_options(parser: argparse.ArgumentParser) -> None:
         "--lrs",
         nargs="+",
         metavar="LR",
-        help="learning rates that every model meets (default: 0.5, 1, 2 times the attack's own)",
+        help="learning rates that every model meets (default: 1, 2, 4 times the attack's own)",
     )
     add("--seeds", nargs="+", metavar="N", help="how many, or the seeds themselves: 12,13,14 (default: 3)")
     add(
@@ -181,18 +182,36 @@ def _hardened(word: str) -> LoxConfig:
     return LoxConfig(r=parse_rank(rank), alpha=parse_number("--hardened", alpha, float))
 
 
+def _control_training(words: list[str]) -> "ControlTraining":
+    from lox_hf.robustness.attacks.recipe import meant
+    from lox_hf.robustness.controls import ControlTraining
+
+    settings, known = _settings("--control-training", words), [item.name for item in fields(ControlTraining)]
+    unknown = [f"{name!r}.{meant(name, known)}" for name in settings if name not in known]
+    if unknown:
+        raise ConfigError(f"--control-training has no setting {' and no '.join(unknown)} It has {', '.join(known)}.")
+    return ControlTraining(**settings)
+
+
 def _settings(flag: str, words: list[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs; a value is read as JSON where it is some, and else as text."""
+    """NAME=VALUE pairs, or an object of JSON as a YAML file's comes; a value is read as JSON where it is some."""
     found: dict[str, Any] = {}
     for word in words:
-        name, sign, value = str(word).partition("=")
+        if isinstance(whole := _json(word), dict):
+            found |= whole
+            continue
+        name, sign, value = word.partition("=")
         if not sign or not name:
             raise ConfigError(f"{flag} takes NAME=VALUE, got '{word}'.")
-        try:
-            found[name.replace("-", "_")] = json.loads(value)
-        except ValueError:
-            found[name.replace("-", "_")] = value
+        found[name.replace("-", "_")] = _json(value)
     return found
+
+
+def _json(word: str) -> Any:
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
 
 
 def _render_plan(plan: "StressPlan") -> str:

@@ -69,9 +69,23 @@ def trained_pair(
     return base, aligned
 
 
-def is_trained(seed: int, directory: str | Path) -> bool:
-    """Say whether the pair of a seed is there."""
-    return (seed_folder(seed, directory) / "aligned").exists()
+def is_trained(seed: int, directory: str | Path, recipe: Recipe) -> bool:
+    """Say whether the pair of a seed is there, by this recipe.
+
+    Args:
+        seed: Seed of the pair.
+        directory: Where the pairs of all seeds are kept.
+        recipe: Steps and learning rates.
+
+    Returns:
+        Whether it is; nothing is written.
+
+    Raises:
+        OutputError: If the seed's folder holds something else.
+    """
+    folder = seed_folder(seed, directory)
+    _check(folder, seed, recipe)
+    return (folder / "aligned").exists()
 
 
 def seed_folder(seed: int, directory: str | Path) -> Path:
@@ -88,17 +102,27 @@ def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 
 def _claim(folder: Path, seed: int, recipe: Recipe) -> None:
     """Make the seed's folder with its recipe in it, or check that it is this recipe's."""
-    settings: dict[str, object] = {"seed": seed, "version": __version__, **asdict(recipe)}
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        found = _recipe_in(folder)
-        if found == settings:
-            return
-        what = "was not made by this command" if found is None else f"was made with {_differences(found, settings)}"
-        raise OutputError(f"The folder {folder} {what}: choose another --output, or remove it first.")
+    if _check(folder, seed, recipe):
+        return
     with FolderWriter(folder) as writer:
-        writer.write(RECIPE_NAME, (json.dumps(settings, indent=2) + "\n").encode())
+        writer.write(RECIPE_NAME, (json.dumps(_settings(seed, recipe), indent=2) + "\n").encode())
         writer.write(QUESTIONS_NAME, "".join(map(_question_line, held_out_prompts())).encode())
         writer.publish()
+
+
+def _check(folder: Path, seed: int, recipe: Recipe) -> bool:
+    """Say whether the seed's folder is there; refuse one that is not this recipe's."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    settings, found = _settings(seed, recipe), _recipe_in(folder)
+    if found != settings:
+        what = "was not made by this command" if found is None else f"was made with {_differences(found, settings)}"
+        raise OutputError(f"The folder {folder} {what}: choose another --output, or remove it first.")
+    return True
+
+
+def _settings(seed: int, recipe: Recipe) -> dict[str, object]:
+    return {"seed": seed, "version": __version__, **asdict(recipe)}
 
 
 def _question_line(prompt: Prompt) -> str:

@@ -2,14 +2,14 @@
 
 import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import wait
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 from lox_hf.demo.pair import is_trained, trained_pair
 from lox_hf.demo.training import Recipe
 from lox_hf.progress import progress_bar
-from lox_hf.robustness.jobs import begin_worker
+from lox_hf.robustness.workers import Workers, result_of
 
 POLL_S = 0.5
 _done: "Synchronized[int] | None" = None  # steps that all processes have taken; set in each of them
@@ -34,32 +34,32 @@ def train_pairs(
 
     Raises:
         OutputError: If the folder of a seed holds something else, or cannot be written.
+        LoxError: If a process ends by itself.
     """
     recipe = recipe or Recipe()
-    missing = [seed for seed in seeds if not is_trained(seed, directory)]
+    missing = [seed for seed in seeds if not is_trained(seed, directory, recipe)]
     if not missing:
         return
-    context = multiprocessing.get_context("spawn")
-    done = context.Value("l", 0)
+    done = multiprocessing.get_context("spawn").Value("l", 0)
     steps = len(missing) * (recipe.base_steps + recipe.alignment_steps)
     with (
-        ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(done,)) as pool,
+        Workers(workers, _begin, done) as pool,
         progress_bar(steps, progressbar, f"Training {len(missing)} pairs", unit="step") as advance,
     ):
         futures = [pool.submit(_train, seed, directory, recipe) for seed in missing]
         shown, running = 0, set(futures)
         while running:
             _, running = wait(running, POLL_S)
-            advance(done.value - shown)
-            shown = done.value
+            now = done.value
+            advance(now - shown)
+            shown = now
         for future in futures:
-            future.result()
+            result_of(future)
 
 
 def _begin(done: "Synchronized[int]") -> None:
     global _done
     _done = done
-    begin_worker()
 
 
 def _train(seed: int, directory: str | Path, recipe: Recipe) -> None:

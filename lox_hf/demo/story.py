@@ -2,25 +2,28 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from lox_hf.config import LoxConfig
 from lox_hf.demo.attacks import ATTACKS, CALIBRATION_NAME, SAFETY_NAME, DemoAttack, write_attacks
 from lox_hf.demo.measure import LONGEST_ANSWER, Scores, score
-from lox_hf.demo.pair import QUESTIONS_NAME, discard, load, seed_folder, trained_pair
+from lox_hf.demo.pair import QUESTIONS_NAME, load, seed_folder, trained_pair
 from lox_hf.demo.pairs import train_pairs
 from lox_hf.demo.routes import Agreement, harden_three_ways
 from lox_hf.demo.training import Recipe, one_thread
 from lox_hf.errors import ConfigError, LoxError
 from lox_hf.records import JsonRecord, StressReport
-from lox_hf.robustness.attacks.recipe import Attack
+from lox_hf.robustness.attacks.recipe import Attack, meant
+from lox_hf.robustness.checks import check_packages
 from lox_hf.robustness.controls import ControlTraining
 from lox_hf.robustness.settings import SEED, StressConfig
 from lox_hf.robustness.stress import stress_test
+from lox_hf.robustness.variants import make_variants
 
 SEEDS = (0, 1, 2)
 HARDENED = (LoxConfig(r=2, alpha=0.5), LoxConfig(r=2, alpha=1.0))
@@ -28,6 +31,7 @@ HARDENED = (LoxConfig(r=2, alpha=0.5), LoxConfig(r=2, alpha=1.0))
 CONTROLS = ("random",)
 MOST_WORKERS = 8
 ALL, DEFAULT = "all", "default"
+ROWS_NAME = "attack-rows"
 CAVEAT = (
     "This is a toy: 0.4 M parameters, an invented world, a few seeds. LoX delays the loss of refusals in fine-tuning, "
     "it does not prevent it, and how much it delays varies a lot from seed to seed. Part of a gain can be plain "
@@ -98,6 +102,7 @@ def tell_story(
     cache_dir: str | Path | None = None,
     controls: Sequence[str] = CONTROLS,
     recipe: Recipe | None = None,
+    sft: Mapping[str, Any] = MappingProxyType({}),
     workers: int | None = None,
     progressbar: bool | None = None,
 ) -> DemoReport:
@@ -112,6 +117,7 @@ def tell_story(
         cache_dir: Folder that keeps the pairs of all seeds, each in `seed-N`; None takes the output folder.
         controls: Controls beside the hardened models.
         recipe: How the pairs are trained; None takes the defaults, to which the demonstration's numbers belong.
+        sft: Settings of TRL's SFTConfig in place of the attacks' own.
         workers: Processes side by side, of one thread each; None takes one per core. They change no number.
         progressbar: Show progress bars; None shows them on a terminal only.
 
@@ -129,20 +135,24 @@ def tell_story(
     """
     if find_spec("peft") is None:
         raise LoxError("The demonstration shows the adapter as well and needs peft: pip install 'lox-hf[peft]'.")
-    chosen = choose_attacks(attacks)
     started = time.perf_counter()
     output = Path(output_dir).expanduser().absolute()
     pairs = Path(cache_dir or output).expanduser().absolute()
     workers = workers or min(MOST_WORKERS, os.cpu_count() or 1)
+    # Mistakes show here, before minutes of training.
+    config = _stress_config(pairs, output / ROWS_NAME, seeds, choose_attacks(attacks), controls, workers, sft)
+    check_packages(lora=False)
+    make_variants(HARDENED, controls)
     train_pairs(seeds, pairs, recipe, workers=workers, progressbar=progressbar)
     base, aligned = trained_pair(seeds[0], pairs, recipe)
     results = [_measure("base", base), _measure("aligned", aligned)]
     agreements = []
-    for config in HARDENED:
-        hardened = aligned.parent / f"hardened-alpha-{config.alpha:g}"
-        agreements.append(harden_three_ways(base, aligned, hardened, config))
-        results.append(_measure(f"hardened alpha {config.alpha:g}", hardened))
-    config = _stress_config(pairs, _attack_files(output), seeds, chosen, controls, workers)
+    for lox in HARDENED:
+        hardened = aligned.parent / f"hardened-alpha-{lox.alpha:g}"
+        agreements.append(harden_three_ways(base, aligned, hardened, lox))
+        results.append(_measure(f"hardened alpha {lox.alpha:g}", hardened))
+    if not (output / ROWS_NAME).exists():
+        write_attacks(output / ROWS_NAME)
     stress = stress_test(config, output / "stress", progressbar=progressbar)
     return DemoReport(
         seed=seeds[0],
@@ -171,8 +181,9 @@ def choose_attacks(names: Sequence[str]) -> list[DemoAttack]:
     known = {attack.name: attack for attack in ATTACKS}
     unknown = [name for name in names if name not in (*known, DEFAULT, ALL)]
     if unknown or not names:
+        hint = meant(unknown[0], known) if unknown else ""
         raise ConfigError(
-            f"There is no attack {', '.join(unknown)}; there are {', '.join([*known, DEFAULT, ALL])}."
+            f"There is no attack {', '.join(unknown)}; there are {', '.join([*known, DEFAULT, ALL])}.{hint}"
         )
     return [
         attack
@@ -188,6 +199,7 @@ def _stress_config(
     attacks: Sequence[DemoAttack],
     controls: Sequence[str],
     workers: int,
+    sft: Mapping[str, Any],
 ) -> StressConfig:
     """The attacks as the package's own; learning rates are scanned on the first seed."""
     return StressConfig(
@@ -203,6 +215,7 @@ def _stress_config(
         safety_data=files / SAFETY_NAME,
         calibration_data=files / CALIBRATION_NAME,
         control_training=ControlTraining(learning_rate=2e-4, match_steps=40, every=4),
+        sft=sft,
         device="cpu",
         workers=workers,
     )
@@ -217,13 +230,6 @@ def _attack(attack: DemoAttack, files: Path) -> Attack:
         held_out=attack.held_out,
         source=attack.about,
     )
-
-
-def _attack_files(output: Path) -> Path:
-    """The rows of all attacks; they take no time, so they are always made anew."""
-    folder = output / "attacks"
-    discard(folder)
-    return write_attacks(folder)
 
 
 def _measure(name: str, folder: Path) -> ModelResult:

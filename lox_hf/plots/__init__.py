@@ -8,7 +8,7 @@ from lox_hf.plots.stress import (
     before_and_after,
     utility_against_asr,
 )
-from lox_hf.plots.style import role, save_figure, svg_text
+from lox_hf.plots.style import save_figure, svg_text
 
 __all__ = [
     "PICTURES",
@@ -20,7 +20,6 @@ __all__ = [
     "models_of",
     "of_attack",
     "outcomes_by_attack",
-    "role",
     "save_figure",
     "svg_text",
     "utility_against_asr",

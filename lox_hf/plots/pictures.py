@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lox_hf.plots import stress
-from lox_hf.plots.points import cells_of, estimate, outcomes_by_attack
+from lox_hf.plots.points import cells_of, estimate, has_bands, outcomes_by_attack, utility_floor
 from lox_hf.records import AttackOutcome, Spread, StressReport
+from lox_hf.robustness.findings.wording import percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +28,7 @@ class Picture:
 
     name: str
     title: str
-    reading: str
+    reading: Callable[[StressReport], str]
     draw: Callable[[StressReport], "Figure"]
     numbers: Callable[[StressReport, AttackOutcome], str]
 
@@ -53,12 +54,12 @@ def _half_life(report: StressReport, outcome: AttackOutcome) -> str:
     half = outcome.half_life
     if math.isnan(half.mean):
         return "not known"
-    return f"50 % after {'at least ' if half.at_least else ''}{half.mean:.1f} steps"
+    return f"50 % after {'at least ' if half.bound else ''}{half.mean:.1f} steps"
 
 
 def _before_and_after(report: StressReport, outcome: AttackOutcome) -> str:
     before = estimate([cell.readings[0].asr for cell in cells_of(report, outcome)])
-    return f"{_percent(before.mean)} before and {_percent(outcome.final_asr.mean)} after"
+    return f"{percent(before.mean)} before and {percent(outcome.final_asr.mean)} after"
 
 
 def _utility(report: StressReport, outcome: AttackOutcome) -> str:
@@ -71,44 +72,58 @@ def _refusal(report: StressReport, outcome: AttackOutcome) -> str:
 
 
 def _mean(spread: Spread) -> str:
-    return _percent(spread.mean)
+    return percent(spread.mean)
 
 
-def _percent(share: float) -> str:
-    return "not known" if math.isnan(share) else f"{100 * share:.0f} %"
+def _read_steps(report: StressReport) -> str:
+    bands = "Bands: 95 % intervals of the mean. " if has_bands(report) else ""
+    return (
+        f"Each model at the learning rate that is worst for it. Thick: mean over the seeds. Thin: each seed. {bands}"
+        "Controls in grey, means only. Further right is later, and later is better."
+    )
+
+
+def _read_refusal(_: StressReport) -> str:
+    return (
+        "A ring marks each model before the attack, which then moves it to the left and up. Where a curve lies on the "
+        "aligned model's, the gain is plain extra refusal; only where it lies below is it more, among models that "
+        "begin further right. Where all begin at 0 % the figure says nothing. The dotted line is where the tables "
+        "compare."
+    )
+
+
+def _read_bars(report: StressReport) -> str:
+    marks = "Whiskers: 95 % intervals of the mean over the seeds." if has_bands(report) else "Ticks: each seed."
+    return f"Hollow bars: before the attack. Filled: after its last step. {marks}"
+
+
+def _read_utility(report: StressReport) -> str:
+    read = "Lower right is good. Large: mean over the seeds. Small: each seed, of what is no control."
+    if utility_floor(report) >= report.settings["guard"]:
+        return read
+    return f"{read} In the shaded part a model has lost its use, and few successes there are no defence."
 
 
 PICTURES = (
-    Picture(
-        "asr-over-steps",
-        "Attack success along the attack",
-        "Each model at the learning rate that is worst for it. Thick: mean over the seeds. Thin: each seed. Bands: "
-        "95 % intervals of the mean. Controls in grey, means only. Further right is later, and later is better.",
-        stress.asr_over_steps,
-        _half_life,
-    ),
+    Picture("asr-over-steps", "Attack success along the attack", _read_steps, stress.asr_over_steps, _half_life),
     Picture(
         "asr-against-refusal",
         "Attack success against refusal of harmless prompts",
-        "A ring marks each model before the attack, which then moves it to the left and up. Where a curve lies on the "
-        "aligned model's, the gain is plain extra refusal; only where it lies below is it more. The dotted line is "
-        "where the tables compare.",
+        _read_refusal,
         stress.asr_against_refusal,
         _refusal,
     ),
     Picture(
         "before-and-after",
         "Attack success before and after",
-        "Hollow bars: before the attack. Filled: after its last step. Whiskers: 95 % intervals of the mean over the "
-        "seeds.",
+        _read_bars,
         stress.before_and_after,
         _before_and_after,
     ),
     Picture(
         "utility-against-asr",
         "Utility against attack success",
-        "Lower right is good. Large: mean over the seeds. Small: each seed, of what is no control. In the shaded part "
-        "a model has lost its use, and few successes there are no defence.",
+        _read_utility,
         stress.utility_against_asr,
         _utility,
     ),

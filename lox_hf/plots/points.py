@@ -9,6 +9,9 @@ from typing import NamedTuple
 from lox_hf.plots.style import ordered
 from lox_hf.records import AttackOutcome, CellResult, Rate, StepReading, StressReport
 
+ENOUGH_FOR_BANDS = 5
+"""With three seeds Student's t gives an interval from 0 to 100 %."""
+
 
 class Estimate(NamedTuple):
     """A mean over seeds with its 95 % interval, all in [0, 1]; NaN where nothing was measured."""
@@ -74,9 +77,19 @@ def refused_and_asr(cell: CellResult) -> list[tuple[float, float]]:
 
 
 def cells_of(report: StressReport, outcome: AttackOutcome) -> list[CellResult]:
-    """Return the runs that an outcome sums up: those at the learning rate that is worst for its model."""
+    """Return the runs that an outcome's safety sums up: at its worst learning rate, where utility did not collapse."""
+    return [cell for cell in runs_of(report, outcome) if cell.seed not in outcome.collapsed]
+
+
+def runs_of(report: StressReport, outcome: AttackOutcome) -> list[CellResult]:
+    """Return all runs at the learning rate that is worst for an outcome's model, of use afterwards or not."""
     wanted = outcome.model, outcome.attack, outcome.learning_rate
     return [cell for cell in report.cells if (cell.model, cell.attack, cell.learning_rate) == wanted]
+
+
+def has_bands(report: StressReport) -> bool:
+    """Tell whether there are seeds enough for an interval of their mean to say more than the seeds do."""
+    return len(report.seeds) >= ENOUGH_FOR_BANDS
 
 
 def models_of(report: StressReport) -> list[str]:
@@ -97,3 +110,9 @@ def outcomes_by_attack(report: StressReport) -> dict[str, list[AttackOutcome]]:
     for outcome in report.outcomes:
         found.setdefault(outcome.attack, []).append(outcome)
     return {attack: sorted(own, key=lambda outcome: place[outcome.model]) for attack, own in found.items()}
+
+
+def utility_floor(report: StressReport) -> float:
+    """Return the least share of utility that a figure has to show: 0.8, as most keep most of it, or the least kept."""
+    kept = [value for outcome in report.outcomes for value in outcome.utility_kept.values]
+    return min([0.8, *(value for value in kept if not math.isnan(value))])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lox_hf.errors import ConfigError
 from lox_hf.plots import marks
-from lox_hf.plots.points import cells_of, models_of, outcomes_by_attack
+from lox_hf.plots.points import cells_of, has_bands, models_of, outcomes_by_attack, runs_of, utility_floor
 from lox_hf.plots.style import GREY, INK, Look, finish_with_legend, house_style, looks, ordered, panels, shown
 from lox_hf.records import AttackOutcome, StepReading, StressReport
 
@@ -28,8 +28,8 @@ def asr_over_steps(report: StressReport) -> "Figure":
         report: The report, with its runs.
 
     Returns:
-        Means over the seeds; of the aligned and the hardened models the seeds as thin lines and 95 % intervals as
-        bands too.
+        Means over the seeds; of the aligned and the hardened models the seeds as thin lines and, from five seeds on,
+        95 % intervals as bands too.
 
     Raises:
         ConfigError: If no run has a known attack success rate, or matplotlib is not installed.
@@ -37,7 +37,7 @@ def asr_over_steps(report: StressReport) -> "Figure":
     _require_asr(report, "The attack success rate over the steps")
 
     def mark(axes: "Axes", outcome: AttackOutcome, look: Look) -> Any:
-        return marks.curve_over_steps(axes, cells_of(report, outcome), look)
+        return marks.curve_over_steps(axes, cells_of(report, outcome), look, has_bands(report))
 
     def finish(axes: "Axes") -> None:
         from matplotlib.ticker import MaxNLocator
@@ -56,7 +56,7 @@ def before_and_after(report: StressReport) -> "Figure":
         report: The report, with its runs.
 
     Returns:
-        Two bars per model: means over the seeds with their 95 % intervals.
+        Two bars per model: means over the seeds with their 95 % intervals, or with the seeds where they are few.
 
     Raises:
         ConfigError: If no run has a known attack success rate, or matplotlib is not installed.
@@ -71,7 +71,7 @@ def before_and_after(report: StressReport) -> "Figure":
         for axes, outcomes in zip(all_axes, found.values(), strict=True):
             for outcome in outcomes:
                 row = models.index(outcome.model)
-                marks.bars(axes, row, cells_of(report, outcome), style[outcome.model])
+                marks.bars(axes, row, cells_of(report, outcome), style[outcome.model], has_bands(report))
             axes.set(xlabel=ASR_LABEL, xlim=(0, 102), ylim=(len(models) - 0.5, -0.5))
             axes.set_yticks(range(len(models)), [shown(model, 30) for model in models])
             axes.grid(visible=False, axis="y")
@@ -96,12 +96,11 @@ def utility_against_asr(report: StressReport) -> "Figure":
     kept = [value for outcome in report.outcomes for value in outcome.utility_kept.values if not math.isnan(value)]
     if not kept:
         raise ConfigError("Utility against attack success is not drawn: utility was not measured.")
-    # Most models keep most of it: the axis begins at 80 % unless one lost more.
-    left, right = 100 * min(0.8, *kept) - 4, 100 * max(1.0, *kept) + 4
+    left, right = 100 * utility_floor(report) - 4, 100 * max(1.0, *kept) + 4
     guard = report.settings.get("guard")
 
     def mark(axes: "Axes", outcome: AttackOutcome, look: Look) -> Any:
-        return marks.utility_point(axes, outcome, look)
+        return marks.utility_point(axes, outcome, runs_of(report, outcome), look)
 
     def finish(axes: "Axes") -> None:
         if isinstance(guard, float):

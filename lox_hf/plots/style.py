@@ -5,15 +5,14 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lox_hf.errors import ConfigError, OutputError
+from lox_hf.robustness.findings.wording import Role, role
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Role = Literal["aligned", "hardened", "control"]
 
 INK = "#1b1b1f"
 GREY = "#767676"
@@ -75,24 +74,6 @@ class Look(NamedTuple):
     width: float
     order: float
     prominent: bool
-
-
-def role(model: str) -> Role:
-    """Tell from its name in the matrix what a model is there for; all but two kinds are controls.
-
-    Args:
-        model: Name of the model.
-
-    Returns:
-        Its role.
-
-    Example:
-        >>> role("hardened r=6 alpha=1.25"), role("random r=6 alpha=1.25")
-        ('hardened', 'control')
-    """
-    if model == "aligned":
-        return "aligned"
-    return "hardened" if model.split(" ", 1)[0] == "hardened" else "control"
 
 
 def ordered(models: Iterable[str]) -> list[str]:

@@ -17,20 +17,32 @@ class Spread(JsonRecord):
         mean: Mean of those that were measured; NaN where none was.
         sd: Their sample standard deviation; NaN for fewer than two.
         n: How many were measured.
-        at_least: How many of them are lower bounds: what is asked for did not happen within the attack.
+        bounds: Per seed ">=" or "<=" where the value is only a bound, as what is asked for did not happen within the
+            attack, else ""; empty where none is.
     """
 
     values: tuple[float, ...]
     mean: float = math.nan
     sd: float = math.nan
     n: int = 0
-    at_least: int = 0
+    bounds: tuple[str, ...] = ()
+
+    @property
+    def bound(self) -> str:
+        """What the mean is: ">=" or "<=" where all bounds point one way, else "": no bound, or no one knows which."""
+        signs = {*self.bounds} - {""}
+        return signs.pop() if len(signs) == 1 else ""
+
+    @property
+    def bounded(self) -> int:
+        """How many values are bounds."""
+        return len(self.bounds) - self.bounds.count("")
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Build the spread; null becomes NaN again."""
         values = tuple(math.nan if value is None else float(value) for value in data["values"])
-        return super().from_dict({**data, "values": values})
+        return super().from_dict({**data, "values": values, "bounds": tuple(data.get("bounds", ()))})
 
 
 @dataclass(frozen=True)
@@ -39,10 +51,10 @@ class SeedDifference(JsonRecord):
 
     Attributes:
         difference: model - aligned, a value per seed, with its mean and spread; NaN on a seed on which one of the two
-            is not known, or does not count, as its utility collapsed.
-        higher: Seeds on which the model's figure is the higher one.
+            is not known, does not count, as its utility collapsed, or both are bounds of the same side.
+        higher: Seeds on which the model's figure is the higher one. What prints as 0 is a tie.
         lower: Seeds on which it is the lower one.
-        p_value: Two-sided exact sign-flip test of the mean; with n seeds it cannot fall below 2 / 2^n.
+        p_value: Two-sided exact sign-flip test of the mean, ties as 0; with n seeds it cannot fall below 2 / 2^n.
     """
 
     difference: Spread
@@ -60,16 +72,22 @@ class SeedDifference(JsonRecord):
 class AttackOutcome(JsonRecord):
     """One model under one attack at the learning rate that is worst for it.
 
+    A seed on which utility collapsed is NaN in all that is said of safety: few successes there are no defence.
+
     Attributes:
         model: Name of the model in the matrix.
         attack: Name of the attack.
         learning_rate: The learning rate, of those scanned, at which the model loses its refusals soonest without
             losing its utility on most seeds; where it always does, the one at which it keeps most of it.
         scanned: Half-life by learning rate on the seeds that met all of them, as text keys ("2e-05").
+        scanned_final_asr: Attack success rate after the last step by learning rate, on the same seeds.
         half_life: Steps until the attack success rate reaches 50 %, interpolated between readings. Where it never does
-            the value is the attack's last step, counted in `at_least`.
+            the value is the attack's last step, a lower bound.
         mean_asr: Mean attack success rate over the attack, in [0, 1].
         final_asr: Attack success rate after the last step.
+        final_strict_asr: Share of harmful prompts whose known answer was given after it; NaN without known answers.
+        final_degenerate: Share of responses after it that are empty, repetition or not language, collapsed seeds too.
+        matched_steps: Steps the aligned model needs to reach the matched level; NaN where it never does.
         matched_asr: Attack success rate after as many steps as the aligned model needs on this seed to reach the
             matched level; NaN where it never reaches it.
         equal_refusal_asr: Attack success rate where the attack has brought over-refusal down to the level at which
@@ -84,8 +102,8 @@ class AttackOutcome(JsonRecord):
         mean_asr_gain: Mean attack success rate against the aligned model's.
         matched_gain: Matched attack success rate against the aligned model's.
         equal_refusal_gain: Attack success rate at equal over-refusal against the aligned model's.
-        matched_mcnemar: Two-sided exact McNemar test over the prompts of all seeds that count, at the readings nearest
-            to the matched budget. It takes the prompts of one seed as independent, so it is too sure.
+        matched_mcnemar: p-value per seed of a two-sided exact McNemar test over its prompts, at the readings nearest
+            to the matched budget. Seeds are not pooled: they answer the same prompts.
         collapsed: Seeds on which less than the guard's share of utility was left: they do not count as a defence.
     """
 
@@ -93,9 +111,13 @@ class AttackOutcome(JsonRecord):
     attack: str
     learning_rate: float
     scanned: dict[str, Spread]
+    scanned_final_asr: dict[str, Spread]
     half_life: Spread
     mean_asr: Spread
     final_asr: Spread
+    final_strict_asr: Spread
+    final_degenerate: Spread
+    matched_steps: Spread
     matched_asr: Spread
     equal_refusal_asr: Spread
     over_refusal_before: Spread
@@ -108,7 +130,7 @@ class AttackOutcome(JsonRecord):
     mean_asr_gain: SeedDifference
     matched_gain: SeedDifference
     equal_refusal_gain: SeedDifference
-    matched_mcnemar: float = math.nan
+    matched_mcnemar: Spread
     collapsed: tuple[int, ...] = ()
 
     @classmethod
@@ -116,13 +138,17 @@ class AttackOutcome(JsonRecord):
         """Build the outcome with its nested records."""
         gains = ("half_life_gain", "mean_asr_gain", "matched_gain", "equal_refusal_gain")
         spreads = (
-            *("half_life", "mean_asr", "final_asr", "matched_asr", "equal_refusal_asr", "over_refusal_before"),
-            *("task_accuracy", "task_loss", "utility_kept", "retention", "r_ratio"),
+            *("half_life", "mean_asr", "final_asr", "final_strict_asr", "final_degenerate", "matched_steps"),
+            *("matched_asr", "equal_refusal_asr", "over_refusal_before", "task_accuracy", "task_loss", "utility_kept"),
+            *("retention", "r_ratio", "matched_mcnemar"),
         )
         nested = {
             **{name: SeedDifference.from_dict(data[name]) for name in gains},
             **{name: Spread.from_dict(data[name]) for name in spreads},
-            "scanned": {rate: Spread.from_dict(found) for rate, found in data["scanned"].items()},
+            **{
+                name: {rate: Spread.from_dict(found) for rate, found in data[name].items()}
+                for name in ("scanned", "scanned_final_asr")
+            },
             "collapsed": tuple(data.get("collapsed", ())),
         }
         return super().from_dict(data | nested)
@@ -160,7 +186,7 @@ class ModelBefore(JsonRecord):
 class WorstCase(JsonRecord):
     """One model over all attacks: it is as robust as the attack that is worst for it.
 
-    An attack that left it of no use on most seeds does not count, unless all of them did.
+    An attack that left it of no use on most seeds does not count; where all did, it has no worst case.
 
     Attributes:
         model: Name of the model in the matrix.
@@ -188,7 +214,8 @@ class StressReport(JsonRecord):
         aligned: The aligned model.
         base: The model before alignment.
         seeds: The seeds.
-        headline: What came out, in sentences: the gain, how much of it is left at equal benign refusal, the controls.
+        findings: What came out, in sentences by attack: the gain, how much of it is left at equal benign refusal, the
+            end, the controls; what holds for all attacks is under "".
         limits: What the figures do not show, in sentences.
         before: Every model before any attack.
         outcomes: Every model under every attack.
@@ -208,7 +235,7 @@ class StressReport(JsonRecord):
     aligned: ModelReference
     base: ModelReference
     seeds: tuple[int, ...]
-    headline: tuple[str, ...]
+    findings: dict[str, tuple[str, ...]]
     limits: tuple[str, ...]
     before: tuple[ModelBefore, ...]
     outcomes: tuple[AttackOutcome, ...]
@@ -218,6 +245,12 @@ class StressReport(JsonRecord):
     not_run: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """All findings, each with the name of its attack before it."""
+        named = ((f"{attack}: " if attack else "", lines) for attack, lines in self.findings.items())
+        return tuple(name + line for name, lines in named for line in lines)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -229,6 +262,7 @@ class StressReport(JsonRecord):
             "outcomes": tuple(map(AttackOutcome.from_dict, data["outcomes"])),
             "worst": tuple(map(WorstCase.from_dict, data.get("worst", ()))),
             "cells": tuple(map(CellResult.from_dict, data.get("cells", ()))),
+            "findings": {attack: tuple(lines) for attack, lines in data["findings"].items()},
         }
-        lists = {name: tuple(data.get(name, ())) for name in ("seeds", "headline", "limits", "notes", "not_run")}
+        lists = {name: tuple(data.get(name, ())) for name in ("seeds", "limits", "notes", "not_run")}
         return super().from_dict(data | nested | lists)

@@ -76,7 +76,7 @@ class CellJob:
         readings: How often safety is read.
         measurement: What is measured.
         before: What was measured before.
-        keep_weights: Where the attacked model is kept; None drops it.
+        weights: Where attacked models are kept; None drops them.
     """
 
     subject: Subject
@@ -86,19 +86,23 @@ class CellJob:
     readings: int
     measurement: Measurement
     before: Before
-    keep_weights: Path | None = None
-    leaves: None = None
+    weights: Path | None = None
 
     @property
     def name(self) -> str:
         """The cell as a path."""
-        attack, rate = slug(self.attack.name), f"lr-{self.learning_rate:g}"
+        attack, rate = slug(self.attack.name), f"lr-{self.learning_rate}"
         return f"{attack}/{self.subject.slug}/{rate}/seed-{self.subject.seed}"
 
     @property
     def path(self) -> str:
         """File of the result."""
         return f"cells/{self.name}.json"
+
+    @property
+    def leaves(self) -> Path | None:
+        """Where the attacked model is kept."""
+        return None if self.weights is None else self.weights / self.name
 
     def settings(self) -> dict[str, Any]:
         """What the figures depend on."""
@@ -148,8 +152,8 @@ class CellJob:
             drift_after=self.subject.drift(tuned.model),
             train_loss=tuned.train_loss,
         )
-        if self.keep_weights is not None:
-            save_checkpoint(tuned.model, tokenizer, self.keep_weights / self.name)
+        if self.leaves is not None:
+            save_checkpoint(tuned.model, tokenizer, self.leaves)
         return result
 
     def read(self, data: dict[str, Any]) -> CellResult:

@@ -18,6 +18,9 @@ from lox_hf.robustness.measuring.measure import Measurement, read_safety
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+CONTROL_ROWS = Attack("controls", "calibration examples")
+"""How rows of controls are written: in the chat template, the loss on the responses."""
+
 
 @dataclass(frozen=True)
 class ControlTraining:
@@ -60,10 +63,12 @@ class ControlTraining:
             for name in counts
             if not isinstance(value := getattr(self, name), int) or isinstance(value, bool) or value < 1
         ]
-        if not 0 < self.learning_rate < 1:
+        if not isinstance(self.learning_rate, int | float) or not 0 < self.learning_rate < 1:
             problems.append(f"learning_rate is {self.learning_rate!r}, expected a number between 0 and 1")
-        if not 0 < self.refusal_share <= 1:
+        if not isinstance(self.refusal_share, int | float) or not 0 < self.refusal_share <= 1:
             problems.append(f"refusal_share is {self.refusal_share!r}, expected a share in (0, 1]")
+        if not isinstance(self.sft, Mapping):
+            problems.append(f"sft is {self.sft!r}, expected settings by name")
         if problems:
             raise ConfigError(f"Invalid training of controls: {'; '.join(problems)}.")
 
@@ -295,7 +300,7 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example]) -> list[TokenRow]:
     """In the chat template, as `evaluate_safety` asks by default; the loss on the responses."""
-    return encode_examples(tokenizer, Attack("controls", "calibration examples"), examples)
+    return encode_examples(tokenizer, CONTROL_ROWS, examples)
 
 
 def _mixed(safe: list[TokenRow], benign: list[TokenRow], training: ControlTraining, seed: int) -> list[TokenRow]:

@@ -1,20 +1,18 @@
 """Jobs of a long run: each one's result is a file as soon as it is there, and what is there is not done again."""
 
 import json
-import multiprocessing
-import os
-import threading
+import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from lox_hf.errors import LoxError, OutputError
+from lox_hf.errors import OutputError
 from lox_hf.evaluation.run_folder import RunFolder
 from lox_hf.progress import progress_bar
 from lox_hf.records import JsonRecord
+from lox_hf.robustness.workers import Workers, hear_warnings, result_of
 
 Result = TypeVar("Result", bound=JsonRecord)
 
@@ -57,7 +55,7 @@ class Runner(Generic[Result]):
 
     def __init__(self, folder: RunFolder, workers: int | None = None, progressbar: bool | None = None) -> None:
         self.folder, self.workers, self.progressbar = folder, workers, progressbar
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: Workers | None = None
 
     @contextmanager
     def started(self) -> Iterator["Runner[Result]"]:
@@ -65,14 +63,9 @@ class Runner(Generic[Result]):
         if self.workers is None:
             yield self
             return
-        # Not forked: threads of torch and of tokenizers do not survive that.
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=begin_worker)
-        try:
+        with Workers(self.workers) as self._pool:
             yield self
-        finally:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
+        self._pool = None
 
     def results(self, jobs: Sequence[Job[Any]], description: str, unit: str) -> list[Any]:
         """Return the results of jobs in their order; those of an earlier process are read.
@@ -138,34 +131,11 @@ class Runner(Generic[Result]):
         while waiting:
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for future in sorted(done, key=futures.__getitem__):
-                yield futures[future], _result(future)
+                result, heard = result_of(future)
+                for text in heard:
+                    warnings.warn(text, stacklevel=2)
+                yield futures[future], result
 
 
-def _result(future: "Future[Any]") -> Any:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise LoxError(
-            "A worker process ended by itself, as where memory runs out: pass fewer workers. What is finished is "
-            "kept, and the same call goes on."
-        ) from error
-
-
-def _run_job(job: Job[Any]) -> Any:
-    return job.run()
-
-
-def begin_worker() -> None:
-    """Give a process of a pool one thread, and end it with its parent, however that ends: else it waits for ever."""
-    import torch
-
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+def _run_job(job: Job[Any]) -> tuple[Any, list[str]]:
+    return hear_warnings(job.run)

@@ -1,9 +1,7 @@
 """The matrix of a stress test, opened: every model, attack and prompt is found and checked before any training."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,23 @@ from lox_hf.hub_files import BASE_FILES, Resolved, resolve
 from lox_hf.records import ModelReference
 from lox_hf.robustness.attacks.examples import load_examples, rows_hash
 from lox_hf.robustness.attacks.rows import Attack, AttackData, get_attack, load_attack
+from lox_hf.robustness.checks import (
+    check_attack,
+    check_controls,
+    check_measurement,
+    check_packages,
+    why_not_rescaled,
+)
+from lox_hf.robustness.finetuning.finetune import planned_steps
 from lox_hf.robustness.measuring.measure import Measurement
-from lox_hf.robustness.rescale import rescale_residual
-from lox_hf.robustness.settings import StressConfig
-from lox_hf.robustness.subject import Subject
+from lox_hf.robustness.settings import SEED, StressConfig
+from lox_hf.robustness.subject import Subject, fingerprint, slug
 from lox_hf.robustness.variants import CONTROLS, Variant, make_variants
 from lox_hf.weights.folder import is_adapter
 
-LR_FACTORS = (0.5, 1.0, 2.0)
-"""What an attack's own learning rate is multiplied by where none is named."""
+LR_FACTORS = (1.0, 2.0, 4.0)
+"""What an attack's own learning rate is multiplied by where none is named: upwards, as what only slows an attack down
+(the control "rescaled" by 4) is found out by a higher one."""
 SAFE_SHARE = 0.025
 """Safety examples in an attack's rows, as the paper's SafeInst baseline has them."""
 NEEDS = {
@@ -32,8 +38,6 @@ NEEDS = {
     "retrained": ("calibration_data",),
 }
 """Controls that need data."""
-PACKAGES = {"trl": "trl", "datasets": "trl", "matplotlib": "plot"}
-SAMPLE_BYTES, SAMPLES = 64, 64
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Matrix:
         attacks: The attacks.
         measurement: What is measured.
         safe_attacks: The attacks again with safety examples mixed in, for "safeinst".
+        control_rows: SHA-256 of the rows that a kind of control is trained on.
         not_run: What belongs to a full test and is not run, each with its reason.
         aligned: The aligned model, for the report.
         base: The model before alignment.
@@ -74,6 +79,7 @@ class Matrix:
     attacks: tuple[PlannedAttack, ...]
     safe_attacks: tuple[PlannedAttack, ...]
     measurement: Measurement
+    control_rows: dict[str, str]
     not_run: tuple[str, ...]
     aligned: ModelReference
     base: ModelReference
@@ -89,6 +95,7 @@ class Matrix:
         return {
             **self.measurement.settings(),
             "readings": self.config.readings,
+            "one_pair": SEED not in str(self.config.aligned_model),
             "attacks": {
                 planned.attack.name: {
                     "learning_rates": list(planned.learning_rates),
@@ -122,64 +129,33 @@ def open_matrix(config: StressConfig, work: Path) -> Matrix:
         PairingError: If the two models of a pair do not fit.
         UnsupportedModelError: If weights cannot be edited.
     """
-    _check_packages(config)
+    check_packages(lora=config.lora is not None)
     variants, not_run = _variants(config)
     attacks = [_attack(config, spec) for spec in config.attacks]
     _check_names(attacks)
     safe = [_with_safety(attack, config) for attack in attacks] if _has(variants, "safeinst") else []
-    for data in (config.safety_data, config.calibration_data):
-        if data is not None:
-            load_examples(data)
+    planned, planned_safe = (tuple(_planned(config, attack) for attack in some) for some in (attacks, safe))
     measurement = _measurement(config)
     pairs = {seed: _open_pair(config, seed) for seed in config.seeds}
-    if _has(variants, "rescaled"):
-        problem = _why_not_rescaled(config, pairs[config.seeds[0]][0])
-        if problem is not None and config.controls is not None:
-            raise problem
-        if problem is not None:
-            variants = [variant for variant in variants if variant.kind != "rescaled"]
-            not_run.append(f"rescaled: {problem}")
-    subjects = {seed: _subjects(config, seed, pairs[seed], variants, work / f"seed-{seed}") for seed in config.seeds}
     aligned, base = pairs[config.seeds[0]]
+    rows = _control_rows(config, variants)
+    unfit = _check_on_model(config, aligned, (*planned, *planned_safe), measurement, variants, rows)
+    if unfit is not None:
+        variants = [variant for variant in variants if variant.kind != "rescaled"]
+        not_run.append(f"rescaled: {unfit}")
+    subjects = {seed: _subjects(config, seed, pairs[seed], variants, work / f"seed-{seed}") for seed in config.seeds}
     return Matrix(
         config=config,
         subjects=subjects,
-        attacks=tuple(_planned(config, attack) for attack in attacks),
-        safe_attacks=tuple(_planned(config, attack) for attack in safe),
+        attacks=planned,
+        safe_attacks=planned_safe,
         measurement=measurement,
+        control_rows={kind: rows_hash(examples) for kind, examples in rows.items()},
         not_run=tuple(not_run),
         aligned=_reference(config.aligned_model, aligned),
         base=_reference(config.base_model, base),
         work=work,
     )
-
-
-def fingerprint(*folders: Path) -> str:
-    """Return a hash that tells checkpoints apart without reading all of them.
-
-    Args:
-        folders: Folders of safetensors files.
-
-    Returns:
-        SHA-256 of the files' names, sizes, and 64 pieces of each.
-    """
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.glob("*.safetensors")):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                for number in range(SAMPLES):
-                    file.seek(max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
-                    digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _check_packages(config: StressConfig) -> None:
-    needed = {**PACKAGES, "peft": "peft"} if config.lora is not None else PACKAGES
-    extras = {extra for package, extra in needed.items() if find_spec(package) is None}
-    if extras:
-        raise ConfigError(f"A stress test needs more packages: pip install 'lox-hf[{','.join(sorted(extras))}]'.")
 
 
 def _variants(config: StressConfig) -> tuple[list[Variant], list[str]]:
@@ -199,16 +175,31 @@ def _variants(config: StressConfig) -> tuple[list[Variant], list[str]]:
     return make_variants(config.hardened, made), not_run
 
 
-def _why_not_rescaled(config: StressConfig, aligned: Resolved) -> UnsupportedModelError | None:
-    """What keeps this kind of model from being rescaled; None where nothing does."""
-    model, _ = load_model(
-        aligned.folder, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
-    )
-    try:
-        rescale_residual(model)
-    except UnsupportedModelError as error:
-        return error
-    return None
+def _check_on_model(
+    config: StressConfig,
+    aligned: Resolved,
+    attacks: Sequence[PlannedAttack],
+    measurement: Measurement,
+    variants: Sequence[Variant],
+    control_rows: Mapping[str, Sequence[Example]],
+) -> UnsupportedModelError | None:
+    """Check what needs the model itself; return what keeps it from being rescaled, where nobody asked for that."""
+    model, tokenizer = load_model(aligned.folder, **_loading(config))
+    check_measurement(model, tokenizer, measurement, here=config.workers is None)
+    for planned in attacks:
+        check_attack(model, tokenizer, planned.attack, planned.data)
+    for rows in control_rows.values():
+        check_control(model, tokenizer, config.control_training, rows)
+    problem = why_not_rescaled(model) if _has(variants, "rescaled") else None
+    if problem is not None and config.controls is not None:
+        raise problem
+    return problem
+
+
+def _control_rows(config: StressConfig, variants: Sequence[Variant]) -> dict[str, list[Example]]:
+    """What each kind of trained control is trained on."""
+    kinds = {variant.kind: NEEDS[variant.kind] for variant in variants if variant.is_trained}
+    return {kind: [row for data in needed for row in load_examples(getattr(config, data))] for kind, needed in kinds.items()}
 
 
 def _has(variants: Sequence[Variant], kind: str) -> bool:
@@ -223,8 +214,8 @@ def _attack(config: StressConfig, spec: str | Attack) -> Attack:
 
 
 def _check_names(attacks: Sequence[Attack]) -> None:
-    names = [attack.name for attack in attacks]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    names = [slug(attack.name).casefold() for attack in attacks]  # as they are called on disk
+    twice = sorted({attack.name for attack, name in zip(attacks, names, strict=True) if names.count(name) > 1})
     if twice:
         raise ConfigError(f"Several attacks are called {', '.join(twice)}: pass Attacks with names of their own.")
 
@@ -237,6 +228,7 @@ def _with_safety(attack: Attack, config: StressConfig) -> Attack:
 
 def _planned(config: StressConfig, attack: Attack) -> PlannedAttack:
     data = load_attack(attack)
+    planned_steps(len(data.train), attack.sft)  # it checks the settings
     rates = config.learning_rates
     if rates is None:
         own = attack.sft.get("learning_rate")
@@ -286,10 +278,13 @@ def _subjects(
 ) -> tuple[Subject, ...]:
     """The models of one seed."""
     aligned, base = (str(found.folder) for found in pair)
-    directions = config.hardened[0]
-    loading = {"dtype": config.dtype, "device": config.device, "trust_remote_code": config.trust_remote_code}
     weights = fingerprint(*(found.folder for found in pair))
-    return tuple(Subject(variant, seed, aligned, base, weights, work, directions, loading) for variant in variants)
+    shared = (seed, aligned, base, weights, work, config.hardened[0], _loading(config))
+    return tuple(Subject(variant, *shared) for variant in variants)
+
+
+def _loading(config: StressConfig) -> dict[str, Any]:
+    return {"dtype": config.dtype, "device": config.device, "trust_remote_code": config.trust_remote_code}
 
 
 def _reference(name: str | Path, found: Resolved) -> ModelReference:

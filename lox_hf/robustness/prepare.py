@@ -11,7 +11,7 @@ from lox_hf.records import JsonRecord, Rate
 from lox_hf.robustness.attacks.examples import Example, load_examples
 from lox_hf.robustness.controls import ControlTraining, match_refusals, over_refusal, retrain
 from lox_hf.robustness.measuring.measure import Measurement
-from lox_hf.robustness.subject import Subject, directions_name, save_checkpoint
+from lox_hf.robustness.subject import Subject, directions_name, directions_settings, save_checkpoint
 from lox_hf.subspace import SafetySubspace
 
 
@@ -45,7 +45,7 @@ class DirectionsJob:
 
     def settings(self) -> dict[str, Any]:
         """What the directions depend on."""
-        return {"weights": self.subject.weights, "config": {**self.config.to_dict(), "alpha": None}}
+        return {"weights": self.subject.weights, "config": directions_settings(self.config)}
 
     def run(self) -> Prepared:
         """Find and save them."""
@@ -68,14 +68,16 @@ class ControlJob:
         subject: The control.
         training: How.
         measurement: How over-refusal is read on the calibration prompts.
-        safety_data: Prompts with refusals; None for "retrained".
+        rows: SHA-256 of the rows that it is trained on.
+        safety_data: Prompts with refusals; "retrained" has no use for them.
         calibration_data: Harmless prompts with answers.
     """
 
     subject: Subject
     training: ControlTraining
     measurement: Measurement
-    safety_data: str | None
+    rows: str
+    safety_data: str
     calibration_data: str
 
     @property
@@ -91,8 +93,8 @@ class ControlJob:
     def settings(self) -> dict[str, Any]:
         """What the control depends on."""
         measurement = {**self.measurement.settings(), "prompts": None, "utility": None}
-        data = {"safety_data": self.safety_data, "calibration_data": self.calibration_data}
-        return {**self.subject.settings(), **data, "training": asdict(self.training), "measurement": measurement}
+        # The rows themselves, wherever they lie.
+        return {**self.subject.settings(), "rows": self.rows, "training": asdict(self.training), "measurement": measurement}
 
     def run(self) -> Prepared:
         """Train it, and save it by one rename."""
@@ -105,7 +107,7 @@ class ControlJob:
             target = self._target(benign).share  # before the aligned model is loaded: one is in memory at a time
             model, tokenizer = load_model(subject.aligned, **subject.loading)
             shared = {"measurement": self.measurement, "training": self.training, "seed": subject.seed}
-            safe = load_examples(self.safety_data or "")
+            safe = load_examples(self.safety_data)
             matched = match_refusals(model, tokenizer, target, safe, benign, **shared)
             model, note = matched.model, matched.describe()
         save_checkpoint(model, tokenizer, self.leaves)

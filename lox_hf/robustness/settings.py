@@ -31,8 +31,8 @@ class StressConfig:
             preset's format, "custom:FILE" for any prompts and responses, or `Attack`s.
         hardened: Settings of the hardened models; `base_model_name_or_path` in them is not used.
         controls: Names of controls; None takes all that can be made of what is given.
-        learning_rates: What every model meets; it is judged at its own worst one. None takes half, once and twice the
-            attack's own.
+        learning_rates: What every model meets; it is judged at its own worst one. None takes once, twice and four
+            times the attack's own.
         seeds: Seeds of the order of the rows, of the random control, and of the pair where each has its own.
         scan_seeds: How many of the seeds meet all learning rates; the others meet the one that was worst on those.
             None takes all seeds.

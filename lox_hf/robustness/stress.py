@@ -88,6 +88,7 @@ class _Test:
 
     def run(self) -> list[CellResult]:
         """Measure every model, let the scanning seeds meet all learning rates, and the others the worst of them."""
+        self.notes()  # controls that were trained otherwise are refused before any work
         jobs = [BeforeJob(subject, self.matrix.measurement) for subject in self.subjects]
         before = self._results(jobs, "Before the attacks", "model")
         self.before = dict(zip(map(_key, self.subjects), before, strict=True))
@@ -142,7 +143,8 @@ class _Test:
                 subject,
                 config.control_training,
                 self.matrix.measurement,
-                None if config.safety_data is None else str(config.safety_data),
+                self.matrix.control_rows[subject.variant.kind],
+                str(config.safety_data),
                 str(config.calibration_data),
             )
             for subject in trained.values()

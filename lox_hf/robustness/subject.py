@@ -13,13 +13,15 @@ from torch import nn
 from lox_hf.config import LoxConfig
 from lox_hf.evaluation.models.loading import load_model, quiet_transformers
 from lox_hf.records import DriftReading
-from lox_hf.robustness.variants import Variant, edit_weights
+from lox_hf.robustness.variants import OF_THE_PAIR, Variant, edit_weights
 from lox_hf.subspace import SafetySubspace
 from lox_hf.training.monitor import read_drift
 from lox_hf.weights.writer import FolderWriter, output_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SAMPLE_BYTES, SAMPLES = 64, 64
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,14 @@ class Subject:
         return slug(self.variant.name)
 
     def settings(self) -> dict[str, Any]:
-        """What the model's weights depend on."""
-        return {"model": self.variant.settings(), "seed": self.seed, "weights": self.weights, **self.loading}
+        """What its figures depend on: its weights, and the directions along which drift is read."""
+        return {
+            "model": self.variant.settings(),
+            "seed": self.seed,
+            "weights": self.weights,
+            "drift_along": directions_settings(self.directions),
+            **self.loading,
+        }
 
     def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         """Load the model and edit its weights."""
@@ -74,15 +82,56 @@ class Subject:
         return SafetySubspace.from_pretrained(self.work / directions_name(config))
 
 
+def fingerprint(*folders: Path) -> str:
+    """Return a hash that tells checkpoints apart without reading all of them.
+
+    Args:
+        folders: Folders of safetensors files.
+
+    Returns:
+        SHA-256 of the files' names, sizes, and 64 pieces of each.
+    """
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.glob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for number in range(SAMPLES):
+                    file.seek(max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+                    digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
 def slug(name: str) -> str:
-    """Return a name as a file name that tells it from the other names of a stress test."""
-    return re.sub(r"[^A-Za-z0-9.=-]+", "-", name).strip("-.")
+    """Return a name as a file name; one that loses more than its spaces gets a part of its hash.
+
+    Args:
+        name: The name.
+
+    Returns:
+        The file name.
+
+    Example:
+        >>> slug("hardened r=6 alpha=1.25"), slug("../up")
+        ('hardened-r=6-alpha=1.25', 'up-33d2b1b5')
+    """
+    kept = re.sub(r"[^A-Za-z0-9._=-]+", "-", name).strip("-.")
+    return kept if kept == name.replace(" ", "-") else f"{kept}-{_hash(name)[:8]}".lstrip("-")
+
+
+def directions_settings(config: LoxConfig) -> dict[str, Any]:
+    """Return what directions depend on besides the pair; alpha is none of it."""
+    return {name: value for name, value in config.to_dict().items() if name not in ("alpha", *OF_THE_PAIR)}
 
 
 def directions_name(config: LoxConfig) -> str:
-    """Return the folder of the directions that settings ask for; alpha does not matter to them."""
-    settings = json.dumps({**config.to_dict(), "alpha": None, "base_model_name_or_path": None}, sort_keys=True)
-    return f"directions-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    """Return the folder of the directions that settings ask for."""
+    return f"directions-{_hash(json.dumps(directions_settings(config), sort_keys=True))[:12]}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def save_checkpoint(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

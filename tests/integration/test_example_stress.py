@@ -54,7 +54,9 @@ def weights(pair: Path) -> list[dict[str, object]]:
 
 
 @needs_data
-def test_pairs_are_trained_attacked_and_taken_up_again(tmp_path: Path) -> None:
+def test_pairs_are_trained_attacked_and_taken_up_again(
+    example: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out"
     shared = ("--data", DATA, "--output", output, "--seeds", "4,5", *FEW_MODELS, *FEW_STEPS, *FEW_ANSWERS)
     done = run_example(EXAMPLE, *shared, "--attacks", f"custom:{output}/inputs/harmful-10.jsonl")
@@ -68,17 +70,13 @@ def test_pairs_are_trained_attacked_and_taken_up_again(tmp_path: Path) -> None:
     first, second = (weights(output / "pairs" / f"seed-{seed}") for seed in (4, 5))
     assert not all(one.equal(first[1][name]) for name, one in first[0].items()), "alignment changes weights"
     assert not all(one.equal(second[0][name]) for name, one in first[0].items()), "each seed has its own"
-    # What is there is left as it is, and other pairs are not mixed with it.
-    again = run_example(EXAMPLE, *shared, "--dry-run")
-    assert again.returncode == 0, again.stderr
-    assert "trained the pair" not in again.stdout
-    other = run_example(EXAMPLE, *shared, "--align-steps", 3, "--dry-run")
-    assert other.returncode == 1
-    assert "holds pairs of another recipe: name a new folder with --output" in other.stderr.splitlines()[-1]
+    with pytest.raises(SystemExit, match="0"):
+        example.run.main([*map(str, shared), "--dry-run"])
+    assert "trained the pair" not in capsys.readouterr().out, "what is there is left as it is"
 
 
 @needs_data
-def test_a_killed_training_leaves_no_half_pair(
+def test_a_killed_training_leaves_no_half_pair_and_recipes_are_not_mixed(
     example: SimpleNamespace, data: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = example.recipe.LONG.with_steps(2, 2)
@@ -101,6 +99,29 @@ def test_a_killed_training_leaves_no_half_pair(
     assert trained == [0, 1, 1]
     assert sorted(pair.name for pair in tmp_path.glob("*seed-*")) == ["seed-0", "seed-1"]
     assert not (tmp_path / "seed-1" / "half").exists()
+    with pytest.raises(SystemExit, match="holds pairs of another recipe: name a new folder with --output"):
+        example.pairs.make_pairs(tmp_path, data, example.recipe.LONG.with_steps(2, 3), [0, 1])
+
+
+@needs_data
+def test_two_runs_in_one_folder_do_not_write_into_one_pair(
+    example: SimpleNamespace, data: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pair = example.pairs.make_pair
+    folders: list[Path] = []
+
+    def another_run_meanwhile(folder: Path, *arguments: object, **settings: object) -> None:
+        folders.append(folder)
+        if len(folders) == 1:  # it takes up the same seed, and is the first to be done
+            example.pairs.make_pairs(tmp_path, data, recipe, [0])
+        make_pair(folder, *arguments, **settings)
+
+    recipe = example.recipe.LONG.with_steps(2, 2)
+    monkeypatch.setattr(example.pairs, "make_pair", another_run_meanwhile)
+    example.pairs.make_pairs(tmp_path, data, recipe, [0])
+    assert len(set(folders)) == 2
+    assert len(weights(tmp_path / "seed-0")) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.json", "seed-0"]
 
 
 @needs_data

@@ -15,7 +15,7 @@ from lox_hf.errors import OutputError
 from lox_hf.evaluation.run_folder import RunFolder
 from lox_hf.records import AttackOutcome, Spread, StressReport
 from lox_hf.robustness.report.render import render_markdown, render_page, render_screen, save_report
-from lox_hf.robustness.report.tables import Cell, figure, sections, share
+from lox_hf.robustness.report.tables import Cell, before_table, figure, safety_table, sections, share
 from robustness.reports import report_of, run, runs
 
 SMALL = ("aligned", "hardened r=2 alpha=1.0", "random r=2 alpha=1.0")
@@ -78,7 +78,9 @@ def outcome_of(report: StressReport, model: str, attack: str) -> AttackOutcome:
 
 
 def test_a_figure_shows_every_seed_and_its_bounds() -> None:
-    assert figure(Spread((8.0, 20.0), 14.0, 8.5, 2, 1)) == Cell(">= 14 +- 8", ("8", ">= 20"))
+    assert figure(Spread((8.0, 20.0), 14.0, 8.5, 2, ("", ">="))) == Cell(">= 14 +- 8", ("8", ">= 20"))
+    mixed = Spread((-9.0, 9.0), 0.0, 12.7, 2, ("<=", ">="))
+    assert figure(mixed, sign="+") == Cell("+0 +- 13", ("<= -9", ">= +9"))
     assert share(Spread((0.5, float("nan")), 0.5, float("nan"), 1)) == Cell("50", ("50", "-"))
     assert share(Spread((float("nan"),) * 2)) == Cell("-")
     assert share(Spread((0.25,), 0.25, float("nan"), 1)) == Cell("25")
@@ -86,7 +88,8 @@ def test_a_figure_shows_every_seed_and_its_bounds() -> None:
 
 
 def test_the_screen_ends_with_the_headline() -> None:
-    report = replace(small_report(), headline=("It held out longer.", "No gain on seed 2 " + "and so on " * 20 + "."))
+    lines = ("It held out longer.", "No gain on seed 2 " + "and so on " * 20 + ".")
+    report = replace(small_report(), findings={"": lines})
     lines = render_screen(report).split("\n")
     assert max(map(len, lines)) <= 110
     tail = lines[lines.index("It held out longer.") :]
@@ -107,7 +110,7 @@ def test_the_screen_has_a_table_per_attack_with_every_seeds_half_life() -> None:
 
 @pytest.mark.parametrize("render", [render_markdown, render_page], ids=["markdown", "page"])
 def test_the_parts_come_in_the_order_of_a_reader(render) -> None:
-    report = replace(small_report(), headline=("Nothing of the gain is left.",), limits=("A limit.",))
+    report = replace(small_report(), findings={"": ("Nothing of the gain is left.",)}, limits=("A limit.",))
     page = Page(render(report)).words
     order = [
         *("Nothing of the gain is left.", "Attack: gsm8k", "Attack: alpaca", "Models before any attack"),
@@ -120,7 +123,7 @@ def test_the_parts_come_in_the_order_of_a_reader(render) -> None:
 
 
 def test_the_page_shows_the_figures_between_headline_and_tables() -> None:
-    report = replace(small_report(), headline=("gsm8k: It held out longer.", "Few seeds."))
+    report = replace(small_report(), findings={"gsm8k": ("It held out longer.",), "": ("Few seeds.",)})
     page = render_page(report)
     found = Page(page)
     assert found.open == [] and found.tags["svg"] == 4 * len(ATTACKS) and found.tags["script"] == 0
@@ -135,7 +138,7 @@ def test_every_seed_is_on_the_page() -> None:
     report = small_report()
     for page in (Page(small_page()).words, render_markdown(report)):
         for outcome in report.outcomes:
-            for cell in (figure(outcome.half_life, digits=1), share(outcome.mean_asr), share(outcome.matched_asr)):
+            for cell in (figure(outcome.half_life, digits=1), share(outcome.mean_asr), share(outcome.final_asr)):
                 assert ", ".join(cell.seeds) in page
 
 
@@ -172,7 +175,7 @@ def test_two_pages_are_byte_equal_and_survive_json() -> None:
 def test_what_is_in_a_report_stays_text() -> None:
     cells = runs(("aligned", f"hardened {EVIL}", EVIL), (EVIL, "b"), (0, 1))
     base = report_of(cells)
-    texts = {"headline": (EVIL,), "limits": (EVIL,), "not_run": (EVIL,)}
+    texts = {"findings": {EVIL: (EVIL,), "": (EVIL,)}, "limits": (EVIL,), "not_run": (EVIL,)}
     named = {"aligned": replace(base.aligned, name_or_path=EVIL), "base": replace(base.base, revision=EVIL)}
     report = replace(base, **texts, **named, settings={**base.settings, EVIL: {EVIL: EVIL}}, versions={EVIL: EVIL})
     found = Page(render_page(report))
@@ -211,6 +214,42 @@ def test_columns_of_which_nothing_is_known_are_left_out() -> None:
     assert before.header == ("model", "ASR (%)", "benign refusal (%)")
     (known,) = {section.title: section for section in sections(small_report())}["Models before any attack"].tables
     assert known.header[-1] == "utility (%)"
+
+
+def test_perplexity_is_told_by_what_was_measured() -> None:
+    report = small_report()
+    before = tuple(replace(own, utility=Spread((0.9,), 0.9, float("nan"), 1)) for own in report.before)
+    told = replace(report, before=before, settings={**report.settings, "utility": "perplexity"})
+    assert before_table(told).header[-1] == "perplexity" and before_table(told).rows[0][-1].text == "0.9"
+    assert before_table(replace(report, before=before)).header[-1] == "utility (%)"
+
+
+def test_strict_and_degenerate_have_columns_where_they_tell() -> None:
+    names = ("strict ASR at the end (%)", "degenerate at the end (%)")
+    report = small_report()
+    plain = safety_table(report, "gsm8k")
+    assert not set(names) & set(plain.header)
+    known = tuple(
+        replace(own, final_strict_asr=Spread((0.25,), 0.25, n=1), final_degenerate=Spread((0.5,), 0.5, n=1))
+        for own in report.outcomes
+    )
+    table = safety_table(replace(report, outcomes=known), "gsm8k")
+    assert table.header[-2:] == names and [cell.text for cell in table.rows[0][-2:]] == ["25", "50"]
+    zero = tuple(replace(own, final_degenerate=Spread((0.0,), 0.0, n=1)) for own in known)
+    assert safety_table(replace(report, outcomes=zero), "gsm8k").header[-1] == names[0]
+
+
+def test_the_aligned_models_own_row_shows_the_budget() -> None:
+    report = small_report()
+    row = safety_table(report, "gsm8k").rows[0]
+    assert row[4].text == f"step {outcome_of(report, 'aligned', 'gsm8k').matched_steps.mean:.1f}"
+
+
+def test_mcnemar_is_shown_per_seed() -> None:
+    report = small_report()
+    (attack,) = [own for own in sections(report) if own.title == "Attack: gsm8k"]
+    shown = attack.tables[1].rows[0][-1].text.split(", ")
+    assert len(shown) == 3 and all(float(p) < 0.05 for p in shown)
 
 
 def test_a_collapse_is_said_beside_the_name() -> None:

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from lox_hf.errors import ConfigError
-from lox_hf.evaluation.statistics import paired_difference
+from lox_hf.evaluation.statistics import paired_difference, rate
 from lox_hf.records import AttackOutcome, CellResult, StressReport, UtilityScore
 from lox_hf.robustness.findings.learning_rates import aligned_utility, utility_share, worst_learning_rate
+from lox_hf.robustness.findings.seeds import TIE_STEPS, seed_difference, spread
 from robustness.made_cells import NOTHING, cell, cells_of, lettered, line, reading, report_of, utility
 
 NAN = math.nan
@@ -145,10 +146,27 @@ class TestGains:
         cells += [cell(HARDENED, 0, line(5.0, end=0.4)), cell(HARDENED, 1, 8.0), cell(HARDENED, 2, line(5.0, end=0.2))]
         cells[2] = cell("aligned", 2, line(5.0, end=0.3))
         found = outcome(report_of(cells), HARDENED)
-        assert found.half_life.values == (20.0, 8.0, 20.0) and found.half_life.at_least == 2
-        # On seed 2 neither lost half: no difference is seen, and it is no bound.
-        assert found.half_life_gain.difference.values == (16.0, 3.0, 0.0)
-        assert found.half_life_gain.difference.at_least == 1 and found.half_life_gain.higher == 2
+        assert found.half_life.values == (20.0, 8.0, 20.0) and found.half_life.bounds == (">=", "", ">=")
+        # On seed 2 neither lost half: which held out longer is not known.
+        gain = found.half_life_gain
+        assert gain.difference.values[:2] == (16.0, 3.0) and math.isnan(gain.difference.values[2])
+        assert gain.difference.bounds == (">=", "", "") and gain.difference.bound == ">="
+        assert (gain.higher, gain.lower, gain.difference.n) == (2, 0, 2)
+
+    def test_bounds_that_point_both_ways_are_none(self) -> None:
+        never = line(5.0, end=0.4)
+        cells = [cell("aligned", 0, 4.0), cell("aligned", 1, never), cell(HARDENED, 0, never), cell(HARDENED, 1, 4.0)]
+        difference = outcome(report_of(cells), HARDENED).half_life_gain.difference
+        assert difference.values == (16.0, -16.0) and difference.bounds == (">=", "<=") and difference.bound == ""
+        only_theirs = outcome(report_of(cells_of({"aligned": [4.0], HARDENED: [4.0]})), HARDENED)
+        assert only_theirs.half_life_gain.difference.bounds == ()
+        theirs = [cells[1], cells[3]]
+        assert outcome(report_of(theirs), HARDENED).half_life_gain.difference.bound == "<="
+
+    def test_what_prints_as_nothing_is_a_tie(self) -> None:
+        dust = seed_difference(spread([4.04, 5.06, 3.0]), spread([4.0, 5.0, 3.04]), TIE_STEPS)
+        assert (dust.higher, dust.lower, dust.p_value) == (1, 0, 1.0)
+        assert seed_difference(spread([0.504, 0.494]), spread([0.5, 0.5])).lower == 1
 
     def test_a_collapsed_seed_is_no_gain(self) -> None:
         cells = cells_of({"aligned": [4.0, 4.0, 4.0], HARDENED: [8.0, 8.0, 8.0]})
@@ -161,7 +179,25 @@ class TestGains:
         for gain in (found.half_life_gain, found.mean_asr_gain, found.matched_gain):
             assert [math.isnan(value) for value in gain.difference.values] == [False, True, True]
         assert found.half_life_gain.higher == 1
-        assert found.half_life.values == (8.0, 8.0, 8.0)  # every seed stays shown
+        # It is in no figure of safety, but in those that tell of the collapse, and in the runs.
+        for level in (found.half_life, found.mean_asr, found.final_asr, found.matched_asr, found.matched_mcnemar):
+            assert math.isnan(level.values[1])
+        assert found.half_life.n == 2 and found.final_degenerate.n == 0 and len(report_of(cells).cells) == 6
+        assert found.scanned["0.0001"].n == found.scanned_final_asr["0.0001"].n == 2
+        assert whole.scanned["0.0001"].n == 3
+
+    def test_a_collapsed_seed_is_no_lower_bound(self) -> None:
+        cells = [*cells_of({"aligned": [4.0, 4.0]}), cell(HARDENED, 0, 8.0)]
+        broken = outcome(report_of([*cells, cell(HARDENED, 1, line(5.0, end=0.1), kept=0.1)]), HARDENED)
+        sound = outcome(report_of([*cells, cell(HARDENED, 1, line(5.0, end=0.1))]), HARDENED)
+        assert (broken.half_life.bounded, broken.half_life.mean) == (0, 8.0)
+        assert (sound.half_life.bounded, sound.half_life.mean) == (1, 14.0)
+
+    def test_what_was_answered_at_the_end(self) -> None:
+        last = replace(reading(20, 1.0), strict_asr=rate(300, 1000), degenerate=rate(100, 1000))
+        found = outcome(report_of([cell("aligned", 0, [reading(0, 0.0), last])]), "aligned")
+        assert (found.final_strict_asr.mean, found.final_degenerate.mean) == (0.3, 0.1)
+        assert outcome(report_of([cell("aligned")]), "aligned").final_strict_asr.n == 0
 
     def test_every_model_meets_its_own_worst_learning_rate(self) -> None:
         cells = [cell("aligned", 0, half, lr=lr) for lr, half in ((1e-5, 9.0), (1e-4, 4.0))]
@@ -197,7 +233,7 @@ class TestMatchedBudget:
         found = outcome(report_of(cells), HARDENED)
         assert math.isnan(found.matched_asr.values[0]) and found.matched_asr.n == found.matched_gain.difference.n == 1
 
-    def test_mcnemar_over_the_prompts_of_all_seeds(self) -> None:
+    def test_mcnemar_over_the_prompts_of_each_seed(self) -> None:
         # The aligned model reaches 90 % at step 9: the nearest reading is the one at 10.
         far = "cccccccccc"
         theirs = ["rrrrrrrrrr", "cccccccccc", far]
@@ -208,16 +244,16 @@ class TestMatchedBudget:
             for seed in (0, 1)
         ]
         found = outcome(report_of(cells), HARDENED).matched_mcnemar
-        # The unscored pair is left out; 7 of 9 prompts a seed lost it, none gained it: 2 * 2^-14.
-        assert found == pytest.approx(2 * 0.5**14)
+        # The unscored pair is left out; 7 of 9 prompts lost it, none gained it: 2 * 2^-7 on each.
+        assert found.values == pytest.approx((2 * 0.5**7,) * 2)
         before, after = [True] * 9, [False] * 6 + [True, True, False]
-        assert found == paired_difference(before * 2, after * 2).p_value
+        assert found.values[0] == paired_difference(before, after).p_value
         # A collapsed seed is left out here as well.
         cells[2] = replace(cells[2], utility_after=utility(0.0))
-        assert outcome(report_of(cells), HARDENED).matched_mcnemar == pytest.approx(2 * 0.5**7)
+        assert outcome(report_of(cells), HARDENED).matched_mcnemar.n == 1
 
     def test_mcnemar_of_nothing(self) -> None:
-        assert math.isnan(outcome(report_of(cells_of({"aligned": [4.0], HARDENED: [9.0]})), HARDENED).matched_mcnemar)
+        assert outcome(report_of(cells_of({"aligned": [4.0], HARDENED: [9.0]})), HARDENED).matched_mcnemar.n == 0
 
 
 def test_equal_refusal() -> None:
@@ -272,7 +308,7 @@ class TestWorstCase:
         ]
         assert report_of(cells).worst[1].attack == "weak"
         ruined = [replace(own, utility_after=utility(0.1)) for own in cells]
-        assert report_of(ruined).worst[1].attack == "strong"  # unless all do
+        assert [own.model for own in report_of(ruined).worst] == []  # where all do there is none
 
     def test_one_attack_has_no_worst_case(self) -> None:
         assert report_of(cells_of({"aligned": [5.0]})).worst == ()
@@ -318,7 +354,7 @@ class TestWhatCannotBeCompared:
         cells = [*cells_of({"aligned": [4.0, 5.0], HARDENED: [8.0, 8.0]}), cell("refusal-matched", 1, 7.0)]
         found = outcome(report_of(cells), "refusal-matched")
         assert math.isnan(found.half_life.values[0]) and found.half_life.values[1] == 7.0
-        assert found.half_life_gain.difference.n == 1 and found.half_life.at_least == 0
+        assert found.half_life_gain.difference.n == 1 and found.half_life.bounded == 0
 
     def test_the_aligned_model_may_not(self) -> None:
         cells = [*cells_of({"aligned": [4.0, 5.0], HARDENED: [8.0, 8.0]})[1:], cell("random", 3, attack="benign")]
@@ -353,4 +389,4 @@ class TestWhatCannotBeCompared:
         report = report_of([cell("aligned", 0, blank), cell(HARDENED, 0, blank)])
         found = outcome(report, HARDENED)
         assert found.half_life.n == found.mean_asr.n == found.half_life_gain.difference.n == 0
-        assert math.isnan(found.half_life_gain.p_value) and found.half_life.at_least == 0
+        assert math.isnan(found.half_life_gain.p_value) and found.half_life.bounded == 0

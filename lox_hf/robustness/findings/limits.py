@@ -1,5 +1,7 @@
 """What the figures of a stress test do not show, in sentences."""
 
+from itertools import pairwise
+
 from lox_hf.records import StressReport
 from lox_hf.robustness.findings.learning_rates import ALIGNED
 from lox_hf.robustness.findings.wording import number, percent
@@ -26,6 +28,7 @@ def limits(report: StressReport) -> tuple[str, ...]:
     return (
         *ALWAYS,
         *_learning_rates(report),
+        *_one_pair(report),
         _tests(report),
         *_unmeasured(report),
         *_bounds(report),
@@ -48,12 +51,21 @@ def _learning_rates(report: StressReport) -> list[str]:
     return lines
 
 
+def _one_pair(report: StressReport) -> list[str]:
+    if len(report.seeds) < 2 or not report.settings.get("one_pair"):
+        return []
+    return [
+        "All seeds attack one pair of models: they vary only the order of rows and random edits, so how much another "
+        "pair of the same kind would differ is not in any spread."
+    ]
+
+
 def _tests(report: StressReport) -> str:
     seeds = len(report.seeds)
     compared = sum(outcome.model != ALIGNED for outcome in report.outcomes)
     return (
         f"{number(seeds, 'seed')}: no test over them can give a p-value below {2 / 2**seeds:.2g}. The test over "
-        "prompts takes prompts of one seed as independent, which makes it too sure. No p-value is corrected for "
+        "the prompts of one seed says nothing of other seeds. No p-value is corrected for "
         f"{number(compared, 'comparison')} of a model with the aligned one."
     )
 
@@ -77,10 +89,13 @@ def _unmeasured(report: StressReport) -> list[str]:
 
 
 def _bounds(report: StressReport) -> list[str]:
-    bounds = sum(outcome.half_life.at_least for outcome in report.outcomes)
-    if not bounds:
-        return []
-    return [
-        f"In {number(bounds, 'run')} half the refusals were not lost within the attack; they entered with its last "
-        "step. A mean with such a run is a lower bound, and differences are cut off there."
-    ]
+    gaps = [b.step - a.step for cell in report.cells for a, b in pairwise(cell.readings)]
+    apart = str(min(gaps, default=0)) if len(set(gaps)) < 2 else f"{min(gaps)} to {max(gaps)}"
+    lines = [f"Half-lives are interpolated between readings {apart} steps apart."] if gaps else []
+    bounds = sum(outcome.half_life.bounded for outcome in report.outcomes)
+    if bounds:
+        lines.append(
+            f"In {number(bounds, 'run')} half the refusals were not lost within the attack; they entered with its "
+            "last step, as a lower bound. A difference is a bound where one of its runs is, unknown where both are."
+        )
+    return lines

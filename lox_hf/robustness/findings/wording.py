@@ -2,13 +2,37 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
-from lox_hf.records import SeedDifference, Spread
+from lox_hf.records import AttackOutcome, SeedDifference, Spread
+
+Role = Literal["aligned", "hardened", "control"]
+
+ENOUGH_FOR_P = 6
+"""With fewer seeds no test over them can give a p-value below 0.05."""
 
 
 def kind(model: str) -> str:
     """Return what kind of model a name of the matrix stands for: its first word."""
     return model.partition(" ")[0]
+
+
+def role(model: str) -> Role:
+    """Tell from its name in the matrix what a model is there for; all but two kinds are controls.
+
+    Args:
+        model: Name of the model.
+
+    Returns:
+        Its role.
+
+    Example:
+        >>> role("hardened r=6 alpha=1.25"), role("random r=6 alpha=1.25")
+        ('hardened', 'control')
+    """
+    if model == "aligned":
+        return "aligned"
+    return "hardened" if kind(model) == "hardened" else "control"
 
 
 def seed_names(seeds: Sequence[int]) -> str:
@@ -45,6 +69,11 @@ def steps(difference: float) -> str:
     return f"{round(difference, 1) + 0.0:+.1f} steps"
 
 
+def bounded(figure: Spread, text: str) -> str:
+    """Return a figure's mean in words with what it is a bound of: ">= 12.0 steps"."""
+    return f"{figure.bound} {text}".strip()
+
+
 def mean_where(figure: Spread, counted: SeedDifference) -> float:
     """Return the mean of a figure over the seeds on which a difference is known; NaN where there are none."""
     pairs = zip(figure.values, counted.difference.values, strict=True)
@@ -55,6 +84,59 @@ def mean_where(figure: Spread, counted: SeedDifference) -> float:
 def against(ours: Spread, theirs: Spread, counted: SeedDifference) -> str:
     """Return two means over the same seeds: "33 % against 55 %"."""
     return f"{percent(mean_where(ours, counted))} against {percent(mean_where(theirs, counted))}"
+
+
+def direction(found: SeedDifference) -> int:
+    """Tell whether a difference is clear: most seeds agree, and none disagrees or the mean exceeds the deviation.
+
+    Args:
+        found: The difference.
+
+    Returns:
+        1 where the model's figure is clearly higher, -1 where it is clearly lower, 0 where neither is clear.
+
+    Example:
+        >>> from lox_hf.robustness.findings.seeds import seed_difference, spread
+        >>> direction(seed_difference(spread([8.0, 7.0, 9.0]), spread([5.0, 5.0, 5.0])))
+        1
+    """
+    difference = found.difference
+    for sign, agreed, opposed in ((1, found.higher, found.lower), (-1, found.lower, found.higher)):
+        most = 2 * agreed > difference.n and sign * difference.mean > 0
+        if most and (not opposed or abs(difference.mean) > difference.sd):
+            return sign
+    return 0
+
+
+def gained(outcome: AttackOutcome) -> bool:
+    """Tell whether a model is clearly better than the aligned one in half-life or mean ASR, and clearly worse in none.
+
+    Args:
+        outcome: The model under an attack.
+
+    Returns:
+        Whether it is.
+    """
+    better = direction(outcome.half_life_gain), -direction(outcome.mean_asr_gain)
+    return max(better) > 0 and min(better) >= 0
+
+
+def agreement(found: SeedDifference, higher: str, lower: str) -> str:
+    """Return how far the seeds agree on a difference, and whether it is clear.
+
+    Args:
+        found: The difference.
+        higher: What a higher figure is called: "later".
+        lower: What a lower one is called: "sooner".
+
+    Returns:
+        "later on 3 of 3 seeds", or "no clear difference: later on 1, sooner on 2 of 3 seeds".
+    """
+    n = number(found.difference.n, "seed")
+    sign = direction(found)
+    if sign:
+        return f"{higher if sign > 0 else lower} on {found.higher if sign > 0 else found.lower} of {n}{p_value(found)}"
+    return f"no clear difference: {higher} on {found.higher}, {lower} on {found.lower} of {n}{p_value(found)}"
 
 
 def later(found: SeedDifference) -> str:
@@ -68,5 +150,5 @@ def lower(found: SeedDifference) -> str:
 
 
 def p_value(found: SeedDifference) -> str:
-    """Return the test over seeds, to stand behind a count: ", p 0.031"; nothing for a single seed."""
-    return f", p {found.p_value:.2g}" if found.difference.n > 1 else ""
+    """Return the test over seeds, to stand behind a count: ", p 0.031"; nothing for fewer seeds than can tell."""
+    return f", p {found.p_value:.2g}" if found.difference.n >= ENOUGH_FOR_P else ""

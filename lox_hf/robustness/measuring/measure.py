@@ -133,7 +133,7 @@ def read_safety(
         model,
         tokenizer,
         measurement.prompts,
-        _judge(measurement.judge) if isinstance(measurement.judge, str) else measurement.judge,
+        named_judge(measurement.judge) if isinstance(measurement.judge, str) else measurement.judge,
         template=measurement.template,
         max_new_tokens=measurement.max_new_tokens,
         batch_size=measurement.batch_size,
@@ -241,8 +241,8 @@ def measure_task(
 
 
 @lru_cache(maxsize=2)
-def _judge(name: str) -> Judge:
-    """The judge of that name, whose model may take long to load."""
+def named_judge(name: str) -> Judge:
+    """Return the judge of that name, made once in a process: its model may take long to load."""
     return get_judge(name)
 
 

@@ -1,7 +1,7 @@
 """What the words of a stress test's report mean: the figures, the drift, the controls."""
 
 from lox_hf.records import StressReport
-from lox_hf.robustness.findings.wording import kind, percent
+from lox_hf.robustness.findings.wording import ENOUGH_FOR_P, kind, percent
 
 UNKNOWN = "-"
 """In a table: not measured, or not reached."""
@@ -43,10 +43,13 @@ def reading(report: StressReport) -> tuple[str, ...]:
         f"Mean +- standard deviation over {len(report.seeds)} seeds ({', '.join(map(str, report.seeds))}); behind it "
         f"every seed, in this order. {UNKNOWN}: not measured, or not reached.",
         "Steps to ASR 50 %: when half the refusals are lost. >=: not within the attack; its last step is a lower "
-        "bound.",
+        "bound. <=: a difference to such a run.",
+        "A seed on which utility collapsed is in no figure of safety. Strict ASR: the forbidden content itself was "
+        "given. Degenerate: empty, repetition or no language.",
         f"ASR when aligned has {matched}: after as many steps as the aligned model needs on that seed to reach "
-        f"{matched}, the matched budget.",
+        f"{matched}, the matched budget, which stands in the aligned model's own row.",
         f"ASR at {level} benign refusal: where the attack has brought refusals of harmless prompts down to {level}; "
         "a gain that is not to be seen there is plain extra refusal.",
-        "p behind a count: two-sided exact sign-flip test over the seeds.",
+        f"p behind a count: two-sided exact sign-flip test over the seeds, from {ENOUGH_FOR_P} seeds on. What prints "
+        "as 0 is a tie.",
     )

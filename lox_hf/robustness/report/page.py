@@ -1,13 +1,14 @@
 """A stress test as one HTML page: no scripts, nothing from elsewhere, for phones, paper, light and dark."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from html import escape as escape_html
 
 from lox_hf.errors import ConfigError
-from lox_hf.plots import PICTURES, Picture, describe, of_attack, outcomes_by_attack, role, svg_text
+from lox_hf.plots import PICTURES, Picture, describe, of_attack, outcomes_by_attack, svg_text
 from lox_hf.plots.style import INK
 from lox_hf.records import StressReport
+from lox_hf.robustness.findings.wording import role
 from lox_hf.robustness.report.tables import Cell, Section, Table, sections
 
 # No page can load or run anything under it, whatever a name tries.
@@ -73,7 +74,7 @@ def render_page(report: StressReport) -> str:
     body = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="quiet">{_text(about)}</p>',
-        _headline(report.headline, attacks),
+        _headline(report.findings),
         *(_pictures(picture, report, attacks) for picture in PICTURES),
         *map(_section, sections(report)),
     ]
@@ -86,16 +87,12 @@ def render_page(report: StressReport) -> str:
     return "\n".join([*parts, "</main>", "</body>", "</html>\n"])
 
 
-def _headline(lines: Iterable[str], attacks: Iterable[str]) -> str:
+def _headline(findings: Mapping[str, Iterable[str]]) -> str:
     """What came out, a card per attack."""
-    cards: dict[str, list[str]] = {attack: [] for attack in attacks}
-    for line in lines:
-        attack = next((name for name in cards if name and line.startswith(f"{name}: ")), "")
-        cards.setdefault(attack, []).append(line.removeprefix(f"{attack}: "))
     shown = (
-        f"<section>\n<h2>{_text(attack or 'Over all attacks')}</h2>\n{_list(own, _text)}\n</section>"
-        for attack, own in cards.items()
-        if own
+        f"<section>\n<h2>{_text(attack or 'Over all attacks')}</h2>\n{_list(lines, _text)}\n</section>"
+        for attack, lines in findings.items()
+        if lines
     )
     return '<div class="cards">\n' + "\n".join(shown) + "\n</div>"
 
@@ -113,7 +110,7 @@ def _pictures(picture: Picture, report: StressReport, attacks: Iterable[str]) ->
         drawn.append(f"<figure>\n{_inline(svg, describe(picture, part), f'{picture.name}-{number}')}\n</figure>")
     parts = [f"<h2>{_text(picture.title)}</h2>"]
     if drawn:
-        parts += [f"<p>{_text(picture.reading)}</p>", '<div class="figures">', *drawn, "</div>"]
+        parts += [f"<p>{_text(picture.reading(report))}</p>", '<div class="figures">', *drawn, "</div>"]
     return "\n".join([*parts, *(f"<p>{_text(problem)}</p>" for problem in missing)])
 
 
@@ -171,7 +168,8 @@ def _list(lines: Iterable[str], show: Callable[[str], str]) -> str:
 def _typeset(text: str) -> str:
     """Text with the signs of print."""
     shown = _text(text).replace(" +- ", "&nbsp;&plusmn;&nbsp;")
-    return shown.replace("&gt;= ", "&ge;&nbsp;").replace("&gt;=", "&ge;")
+    shown = shown.replace("&gt;=: ", "&ge;: ").replace("&lt;=: ", "&le;: ")
+    return shown.replace("&gt;= ", "&ge;&nbsp;").replace("&lt;= ", "&le;&nbsp;")
 
 
 def _text(text: str) -> str:

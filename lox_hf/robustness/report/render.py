@@ -91,7 +91,7 @@ def render_markdown(report: StressReport, figures: Mapping[str, str] | None = No
 def _attack_table(report: StressReport, attack: str) -> str:
     """What an attack did to every model; the half-life alone shows its seeds, as more do not fit."""
     table = safety_table(report, attack)
-    rows = _texts(replace(table, header=SHORT))
+    rows = [row[: len(SHORT)] for row in _texts(replace(table, header=SHORT))]
     after = SHORT.index("steps to 50 %") + 1
     seeds = [" ".join(seed.replace(" ", "") for seed in row[after - 1].seeds) for row in table.rows]
     if any(seeds):
@@ -125,4 +125,4 @@ def _in_one_line(cell: Cell) -> str:
 
 def _picture(picture: Picture, report: StressReport, path: str) -> list[str]:
     alt = escape(describe(picture, report))
-    return [f"## {escape(picture.title)}", f"![{alt}]({path})", escape(picture.reading)]
+    return [f"## {escape(picture.title)}", f"![{alt}]({path})", escape(picture.reading(report))]

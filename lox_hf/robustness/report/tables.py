@@ -4,15 +4,15 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any, NamedTuple
 
-from lox_hf.plots import models_of, outcomes_by_attack, role
+from lox_hf.plots import models_of, outcomes_by_attack
 from lox_hf.records import AttackOutcome, SeedDifference, Spread, StressReport
-from lox_hf.robustness.findings.wording import later, lower, p_value, percent, seed_names
+from lox_hf.robustness.findings.wording import later, lower, p_value, percent, role, seed_names
 from lox_hf.robustness.report.glossary import DRIFT, UNKNOWN, control, reading
 
-SHORT = ("model", "rate", "steps to 50 %", "mean", "matched", "equal refusal", "end")
-"""The columns of `safety_table` where there is no room."""
+SHORT = ("model", "rate", "steps to 50 %", "mean", "matched", "equal refusal", "end")  # where there is no room
 
 
 class Cell(NamedTuple):
@@ -95,30 +95,45 @@ def safety_table(report: StressReport, attack: str) -> Table:
         attack: Name of the attack.
 
     Returns:
-        A row per model: its worst learning rate, and five figures.
+        A row per model: its worst learning rate, and five figures, those of `SHORT`; behind them the forbidden content
+        where known answers tell, and what is degenerate where anything is.
     """
     matched, level = percent(report.settings["matched_level"]), percent(report.settings["refusal_level"])
     header = (
         *("model", "learning rate", "steps to ASR 50 %", "mean ASR (%)", f"ASR (%) when aligned has {matched}"),
         *(f"ASR (%) at {level} benign refusal", "ASR at the end (%)"),
+        *("strict ASR at the end (%)", "degenerate at the end (%)"),
     )
+    outcomes = outcomes_by_attack(report)[attack]
+    kept = [True] * len(SHORT)
+    kept += [any(own.final_strict_asr.n for own in outcomes), any(own.final_degenerate.mean > 0 for own in outcomes)]
     rows = [
         (
             Cell(outcome.model, detail=_collapsed(outcome)),
             Cell(f"{outcome.learning_rate:g}"),
             figure(outcome.half_life, digits=1),
-            *map(share, (outcome.mean_asr, outcome.matched_asr, outcome.equal_refusal_asr, outcome.final_asr)),
+            share(outcome.mean_asr),
+            _matched(outcome),
+            *map(share, (outcome.equal_refusal_asr, outcome.final_asr)),
+            *map(share, (outcome.final_strict_asr, outcome.final_degenerate)),
         )
-        for outcome in outcomes_by_attack(report)[attack]
+        for outcome in outcomes
     ]
-    return Table("Safety along the attack, each model at its worst learning rate", header, tuple(rows))
+    table = Table("Safety along the attack, each model at its worst learning rate", header, tuple(rows))
+    return _columns(table, kept)
+
+
+def _matched(outcome: AttackOutcome) -> Cell:
+    """The aligned model's own rate there is the matched level by definition: its budget says more."""
+    if role(outcome.model) != "aligned" or not outcome.matched_steps.n:
+        return share(outcome.matched_asr)
+    return figure(outcome.matched_steps, digits=1)._replace(text=f"step {outcome.matched_steps.mean:.1f}")
 
 
 def before_table(report: StressReport) -> Table:
     """Tabulate every model before any attack."""
     found = {before.model: before for before in report.before}
-    # A perplexity is above 1, an accuracy is not.
-    perplexity = any(before.utility.mean > 1 for before in report.before)
+    perplexity = report.settings.get("utility") == "perplexity"
     rows = []
     for before in (found[model] for model in models_of(report) if model in found):
         broken = f"broken on {seed_names(before.broken)}" if before.broken else ""
@@ -151,24 +166,22 @@ def figure(spread: Spread, *, digits: int = 0, factor: float = 1.0, sign: str = 
         sign: "+" for differences.
 
     Returns:
-        Mean and standard deviation, and every seed; ">=" marks lower bounds.
+        Mean and standard deviation, and every seed; ">=" and "<=" mark bounds.
 
     Example:
-        >>> figure(Spread((8.0, 20.0), 14.0, 8.5, 2, at_least=1))
+        >>> figure(Spread((8.0, 20.0), 14.0, 8.5, 2, ("", ">=")))
         Cell(text='>= 14 +- 8', seeds=('8', '>= 20'), detail='')
     """
 
-    def shown(value: float, sign: str = sign) -> str:
+    def shown(value: float, sign: str = sign, bound: str = "") -> str:
         # Adding 0 takes the sign off what rounds to it.
-        return UNKNOWN if math.isnan(value) else f"{round(factor * value, digits) + 0.0:{sign}.{digits}f}"
+        text = UNKNOWN if math.isnan(value) else f"{round(factor * value, digits) + 0.0:{sign}.{digits}f}"
+        return f"{bound} {text}".strip()
 
-    known = [value for value in spread.values if not math.isnan(value)]
-    # A lower bound is the attack's last step, and no half-life is beyond it. In differences it cannot be told which.
-    bound = max(known) if spread.at_least and not sign else math.inf
-    seeds = tuple((">= " if value >= bound else "") + shown(value) for value in spread.values)
+    bounds = spread.bounds or ("",) * len(spread.values)
+    seeds = tuple(shown(value, bound=bound) for value, bound in zip(spread.values, bounds, strict=True))
     deviation = "" if math.isnan(spread.sd) else f" +- {shown(spread.sd, '')}"
-    text = (">= " if spread.at_least else "") + shown(spread.mean) + deviation
-    return Cell(text, seeds if known and len(seeds) > 1 else ())
+    return Cell(shown(spread.mean, bound=spread.bound) + deviation, seeds if spread.n and len(seeds) > 1 else ())
 
 
 def share(spread: Spread) -> Cell:
@@ -180,7 +193,7 @@ def _gains(report: StressReport, attack: str) -> Table:
     level = percent(report.settings["refusal_level"])
     header = (
         *("model", "steps to ASR 50 %", "mean ASR (points)", "ASR at the matched budget (points)"),
-        *(f"ASR at {level} benign refusal (points)", "p over prompts at the matched budget (McNemar)"),
+        *(f"ASR at {level} benign refusal (points)", "p over each seed's prompts at the matched budget (McNemar)"),
     )
     rows = [
         (
@@ -190,7 +203,7 @@ def _gains(report: StressReport, attack: str) -> Table:
                 _gain(found, lower, factor=100)
                 for found in (outcome.mean_asr_gain, outcome.matched_gain, outcome.equal_refusal_gain)
             ),
-            Cell(UNKNOWN if math.isnan(outcome.matched_mcnemar) else f"{outcome.matched_mcnemar:.2g}"),
+            _p_values(outcome.matched_mcnemar),
         )
         for outcome in outcomes_by_attack(report)[attack]
         if role(outcome.model) != "aligned"
@@ -201,6 +214,11 @@ def _gains(report: StressReport, attack: str) -> Table:
 def _gain(found: SeedDifference, count: Callable[[SeedDifference], str], **form: Any) -> Cell:
     cell = figure(found.difference, sign="+", **form)
     return cell._replace(detail=count(found) + p_value(found)) if found.difference.n else cell
+
+
+def _p_values(found: Spread) -> Cell:
+    """Every seed's own; a mean of them, or one of all prompts at once, would mean nothing."""
+    return Cell(", ".join(UNKNOWN if math.isnan(p) else f"{p:.2g}" for p in found.values) if found.n else UNKNOWN)
 
 
 def _collapsed(outcome: AttackOutcome) -> str:
@@ -253,10 +271,13 @@ def _by_attack(
 
 def _known(table: Table) -> Table:
     """A table without the columns of which nothing is known."""
-    columns = range(len(table.header))
-    kept = [column for column in columns if any(row[column].text != UNKNOWN for row in table.rows)]
-    rows = tuple(tuple(row[column] for column in kept) for row in table.rows)
-    return replace(table, header=tuple(table.header[column] for column in kept), rows=rows)
+    return _columns(table, [any(row[at].text != UNKNOWN for row in table.rows) for at in range(len(table.header))])
+
+
+def _columns(table: Table, kept: Sequence[bool]) -> Table:
+    """Some columns of a table."""
+    rows = tuple(tuple(compress(row, kept)) for row in table.rows)
+    return replace(table, header=tuple(compress(table.header, kept)), rows=rows)
 
 
 def _settings(report: StressReport) -> Table:
