@@ -12,7 +12,9 @@ import pytest
 
 from lox_hf.errors import ConfigError, OutputError
 from lox_hf.evaluation.statistics import rate
-from lox_hf.plots import (
+from lox_hf.records import StressReport
+from lox_hf.robustness.findings.wording import role
+from lox_hf.robustness.plots import (
     PICTURES,
     Picture,
     asr_against_refusal,
@@ -24,10 +26,8 @@ from lox_hf.plots import (
     svg_text,
     utility_against_asr,
 )
-from lox_hf.plots.points import cells_of, estimate, estimates_by_step, of_attack, outcomes_by_attack
-from lox_hf.plots.style import looks, shown
-from lox_hf.records import StressReport
-from lox_hf.robustness.findings.wording import role
+from lox_hf.robustness.plots.points import cells_of, estimate, estimates_by_step, of_attack, outcomes_by_attack
+from lox_hf.robustness.plots.style import looks, shown
 from robustness.reports import MODELS, report_of, run, runs
 
 SMALL = ("aligned", "hardened r=2 alpha=1.0", "random r=2 alpha=1.0")
@@ -234,8 +234,8 @@ def test_saved_as_png_and_svg(tmp_path: Path) -> None:
 
 def test_importing_loads_no_matplotlib_and_drawing_no_pyplot() -> None:
     code = (
-        "import sys, lox_hf.plots, lox_hf.robustness.report; print('matplotlib' in sys.modules); "
-        "from lox_hf.plots.style import house_style, panels, svg_text\n"
+        "import sys, lox_hf.robustness.plots, lox_hf.robustness.report; print('matplotlib' in sys.modules); "
+        "from lox_hf.robustness.plots.style import house_style, panels, svg_text\n"
         "with house_style(): svg_text(panels(['a'], 1.0)[0])\n"
         "print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     )

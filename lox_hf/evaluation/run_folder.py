@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -118,7 +119,8 @@ class RunFolder:
                 os.fsync(stream.fileno())
             partial.rename(target)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
             raise self._unwritable(error) from error
 
     def read(self, name: str) -> str:
@@ -145,7 +147,7 @@ class RunFolder:
             raise OutputError(f"{path} is not a run's settings: choose another folder, or remove it.") from error
         wanted = json.loads(json.dumps(self.settings))  # as JSON gives it back
         names = [name for name in {**settings, **wanted} if settings.get(name) != wanted.get(name)]
-        if names and not any(file.stat().st_size for file in path.parent.glob("*.jsonl")):
+        if names and self._is_empty(path.parent):
             self._write_settings()  # a run that got nowhere holds nothing that could be mixed up
         elif names:
             differing = "; ".join(f"{n}: {settings.get(n)!r} there, {wanted.get(n)!r} now" for n in names)
@@ -153,6 +155,12 @@ class RunFolder:
             raise OutputError(
                 f"The output {path.parent} holds a run with other settings ({differing}): choose another folder."
             )
+
+    @staticmethod
+    def _is_empty(folder: Path) -> bool:
+        """Whether there is nothing but settings and empty lists."""
+        others = (item for item in folder.iterdir() if item.name != RUN_NAME and not item.name.startswith("."))
+        return not any(item.is_dir() or item.stat().st_size for item in others)
 
     def _write_settings(self) -> None:
         self.write(RUN_NAME, json.dumps({"settings": self.settings, "kept": self.kept}, indent=2) + "\n")

@@ -13,7 +13,7 @@ from lox_hf.evaluation.models.local import LocalModel
 from lox_hf.evaluation.utility import load_texts
 from lox_hf.robustness.attacks.examples import Example
 from lox_hf.robustness.attacks.rows import Attack, AttackData, encode_examples
-from lox_hf.robustness.controls import CONTROL_ROWS, ControlTraining, split_benign
+from lox_hf.robustness.controls import CONTROL_ROWS, ControlTraining
 from lox_hf.robustness.finetuning.finetune import check_rows, planned_steps
 from lox_hf.robustness.finetuning.trainer_settings import lora_config, one_line
 from lox_hf.robustness.measuring.measure import Measurement, named_judge
@@ -95,31 +95,26 @@ def check_attack(
         raise ConfigError(f"Cannot attack '{model_name(model)}' by LoRA: {one_line(error)}.") from error
 
 
-def check_controls(
+def check_control(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     training: ControlTraining,
-    safe: Sequence[Example],
-    benign: Sequence[Example],
+    examples: Sequence[Example],
 ) -> None:
-    """Put the rows that controls are trained on to the model.
+    """Put the rows that a control is trained on to the model.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        training: How they are trained.
-        safe: Safety examples; none where no control is matched to an over-refusal.
-        benign: Harmless prompts with answers.
+        training: How it is trained.
+        examples: The rows.
 
     Raises:
         ConfigError: If settings are unknown or out of range, or rows cannot be encoded.
-        PromptError: If there are too few prompts, or rows are longer than the model's context.
+        PromptError: If rows are longer than the model's context.
     """
-    if safe:
-        split_benign(benign)
-    rows = encode_examples(tokenizer, CONTROL_ROWS, [*safe, *benign])
-    check_rows(model, tokenizer, rows)
-    planned_steps(len(rows), training.settings(training.retrain_steps))
+    check_rows(model, tokenizer, encode_examples(tokenizer, CONTROL_ROWS, examples))
+    planned_steps(len(examples), training.settings(training.retrain_steps))
 
 
 def why_not_rescaled(model: "PreTrainedModel") -> UnsupportedModelError | None:

@@ -103,13 +103,13 @@ class Runner(Generic[Result]):
         Raises:
             OutputError: If the file is damaged, or holds the result of a job with other settings.
         """
-        text = self.folder.read(job.path)
-        if not text:
-            return None
         try:
+            text = self.folder.read(job.path)
+            if not text:
+                return None
             data = json.loads(text)
-            settings, result = data["settings"], job.read(data["result"])
-        except (ValueError, KeyError, TypeError) as error:
+            settings, result = dict(data["settings"]), job.read(data["result"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever it may hold
             path = f"{self.folder.folder}/{job.path}"
             raise OutputError(f"{path} is damaged: remove it, and the run makes it anew.") from error
         wanted = json.loads(json.dumps(job.settings()))

@@ -1,6 +1,6 @@
 """The matrix of a stress test, opened: every model, attack and prompt is found and checked before any training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,21 @@ from lox_hf.evaluation.models.loading import load_model
 from lox_hf.harden import plan_hardening
 from lox_hf.hub_files import BASE_FILES, Resolved, resolve
 from lox_hf.records import ModelReference
-from lox_hf.robustness.attacks.examples import load_examples, rows_hash
+from lox_hf.robustness.attacks.examples import Example, load_examples, rows_hash
 from lox_hf.robustness.attacks.rows import Attack, AttackData, get_attack, load_attack
 from lox_hf.robustness.checks import (
     check_attack,
-    check_controls,
+    check_control,
     check_measurement,
     check_packages,
     why_not_rescaled,
 )
+from lox_hf.robustness.controls import split_benign
 from lox_hf.robustness.finetuning.finetune import planned_steps
 from lox_hf.robustness.measuring.measure import Measurement
 from lox_hf.robustness.settings import SEED, StressConfig
 from lox_hf.robustness.subject import Subject, fingerprint, slug
-from lox_hf.robustness.variants import CONTROLS, Variant, make_variants
+from lox_hf.robustness.variants import CONTROLS, TRAINED, Variant, make_variants
 from lox_hf.weights.folder import is_adapter
 
 LR_FACTORS = (1.0, 2.0, 4.0)
@@ -198,8 +199,11 @@ def _check_on_model(
 
 def _control_rows(config: StressConfig, variants: Sequence[Variant]) -> dict[str, list[Example]]:
     """What each kind of trained control is trained on."""
-    kinds = {variant.kind: NEEDS[variant.kind] for variant in variants if variant.is_trained}
-    return {kind: [row for data in needed for row in load_examples(getattr(config, data))] for kind, needed in kinds.items()}
+    given = {name: getattr(config, name) for name in ("safety_data", "calibration_data")}
+    loaded = {name: load_examples(data) for name, data in given.items() if data is not None}
+    if _has(variants, "refusal-matched"):
+        split_benign(loaded["calibration_data"])  # it says whether they are enough
+    return {kind: [row for name in NEEDS[kind] for row in loaded[name]] for kind in TRAINED if _has(variants, kind)}
 
 
 def _has(variants: Sequence[Variant], kind: str) -> bool:

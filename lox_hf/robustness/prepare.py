@@ -93,8 +93,8 @@ class ControlJob:
     def settings(self) -> dict[str, Any]:
         """What the control depends on."""
         measurement = {**self.measurement.settings(), "prompts": None, "utility": None}
-        # The rows themselves, wherever they lie.
-        return {**self.subject.settings(), "rows": self.rows, "training": asdict(self.training), "measurement": measurement}
+        training = {"rows": self.rows, "training": asdict(self.training)}  # the rows themselves, wherever they lie
+        return {**self.subject.settings(), **training, "measurement": measurement}
 
     def run(self) -> Prepared:
         """Train it, and save it by one rename."""

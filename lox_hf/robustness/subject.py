@@ -114,7 +114,7 @@ def slug(name: str) -> str:
 
     Example:
         >>> slug("hardened r=6 alpha=1.25"), slug("../up")
-        ('hardened-r=6-alpha=1.25', 'up-33d2b1b5')
+        ('hardened-r=6-alpha=1.25', 'up-8c722b8a')
     """
     kept = re.sub(r"[^A-Za-z0-9._=-]+", "-", name).strip("-.")
     return kept if kept == name.replace(" ", "-") else f"{kept}-{_hash(name)[:8]}".lstrip("-")

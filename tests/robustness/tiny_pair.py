@@ -80,10 +80,8 @@ def make_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     tokenizer = build_tokenizer()
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = LlamaConfig(
-        **{"vocab_size": len(tokenizer), "max_position_embeddings": 64, "tie_word_embeddings": False}
-        | sizes | ends | changes
-    )
+    others = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "tie_word_embeddings": False}
+    config = LlamaConfig(**others | sizes | ends | changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any, NamedTuple
 
-from lox_hf.plots import models_of, outcomes_by_attack
 from lox_hf.records import AttackOutcome, SeedDifference, Spread, StressReport
 from lox_hf.robustness.findings.wording import later, lower, p_value, percent, role, seed_names
+from lox_hf.robustness.plots import models_of, outcomes_by_attack
 from lox_hf.robustness.report.glossary import DRIFT, UNKNOWN, control, reading
 
 SHORT = ("model", "rate", "steps to 50 %", "mean", "matched", "equal refusal", "end")  # where there is no room

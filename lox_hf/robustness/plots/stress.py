@@ -5,10 +5,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lox_hf.errors import ConfigError
-from lox_hf.plots import marks
-from lox_hf.plots.points import cells_of, has_bands, models_of, outcomes_by_attack, runs_of, utility_floor
-from lox_hf.plots.style import GREY, INK, Look, finish_with_legend, house_style, looks, ordered, panels, shown
 from lox_hf.records import AttackOutcome, StepReading, StressReport
+from lox_hf.robustness.plots import marks
+from lox_hf.robustness.plots.points import cells_of, has_bands, models_of, outcomes_by_attack, runs_of, utility_floor
+from lox_hf.robustness.plots.style import (
+    GREY,
+    INK,
+    Look,
+    finish_with_legend,
+    house_style,
+    looks,
+    ordered,
+    panels,
+    shown,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lox_hf.plots import stress
-from lox_hf.plots.points import cells_of, estimate, has_bands, outcomes_by_attack, utility_floor
 from lox_hf.records import AttackOutcome, Spread, StressReport
 from lox_hf.robustness.findings.wording import percent
+from lox_hf.robustness.plots import stress
+from lox_hf.robustness.plots.points import cells_of, estimate, has_bands, outcomes_by_attack, utility_floor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
