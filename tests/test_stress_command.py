@@ -226,9 +226,9 @@ def test_what_is_printed_and_written(here: Path, run: Run, call: Run) -> None:
     code, out, err = run("--json")
     assert (code, err, out) == (0, "", (here / "out" / "results.json").read_text())
 
-    lines = [f"{name}: {value}" for name, value in OPTIONS.items() if name not in ("sft", "hardened", "output")]
-    settings = "{max_steps: 2, per_device_train_batch_size: 4}"
-    (here / "run.yaml").write_text("\n".join(["model: aligned", f"sft: {settings}", "hardened: 2:0.5", *lines, "json: true"]))
+    settings = {name: value for name, value in OPTIONS.items() if name not in ("sft", "output")}
+    settings |= {"model": "aligned", "sft": "{max_steps: 2, per_device_train_batch_size: 4}", "json": "true"}
+    (here / "run.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
     code, out, err = call("--config", "run.yaml", "--output", "out")
     assert (code, err, out) == (0, "", (here / "out" / "results.json").read_text())  # other settings would be refused
     assert contents(here / "out" / "cells") == before

