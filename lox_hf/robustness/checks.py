@@ -72,7 +72,7 @@ def check_attack(
     """Put an attack's rows and its adapters to the model, and take them off again.
 
     Args:
-        model: The model, as it was afterwards.
+        model: The model; no weight of it is changed, but adapters that are tried on leave it without gradients.
         tokenizer: Its tokenizer.
         attack: The attack.
         data: Its rows.

@@ -52,7 +52,7 @@ def test_import_check_notices_a_heavy_module(tmp_path: Path) -> None:
     assert "torch" in heavy_modules_after("import lox_hf; lox_hf.apply_lox", tmp_path)
 
 
-COMMANDS = ("--help", "harden --help", "asr --help", "utility --help", "--version")
+COMMANDS = ("--help", "harden --help", "asr --help", "utility --help", "stress --help", "demo --help", "--version")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,10 +1,13 @@
 """A base and an aligned model that train in a second, with prompts and rows: a whole stress test in seconds."""
 
+import gc
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -12,6 +15,7 @@ from lox_hf.config import LoxConfig
 from lox_hf.demo.training import IGNORED
 from lox_hf.demo.world import HELD_OUT_BENIGN, HELD_OUT_FORBIDDEN, Example, build_tokenizer, refused
 from lox_hf.robustness.attacks.recipe import Attack
+from lox_hf.robustness.report import page, render
 from lox_hf.robustness.settings import StressConfig
 
 FORBIDDEN, BENIGN = HELD_OUT_FORBIDDEN[::18], HELD_OUT_BENIGN[::28]
@@ -67,6 +71,21 @@ def config(folder: Path, **changes: Any) -> StressConfig:
 
 def attack(folder: Path, name: str = "pairs", **changes: Any) -> Attack:
     return Attack(name, str(folder / "attack.jsonl"), sft=SFT, held_out=2, task="exact", **changes)
+
+
+@contextmanager
+def without_figures() -> Iterator[None]:
+    """Let stress tests be quick: no figures, which take longer than the rest, one thread, and less to look through
+    when memory is freed after every training."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (render, page):
+            patch.setattr(module, "PICTURES", ())
+        torch.set_num_threads(1)
+        gc.freeze()
+        yield
+        gc.unfreeze()
+        torch.set_num_threads(threads)
 
 
 def _rows(examples: Iterable[Example]) -> list[dict[str, str]]:
