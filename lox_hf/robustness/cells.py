@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from lox_hf.errors import PromptError
 from lox_hf.records import CellResult, DriftReading, JsonRecord, StepReading, UtilityScore
+from lox_hf.robustness.attacks.examples import rows_hash
 from lox_hf.robustness.attacks.rows import Attack, encode_examples, load_attack
 from lox_hf.robustness.finetuning.finetune import fine_tune, planned_steps
 from lox_hf.robustness.measuring.measure import Measurement, measure_task, measure_utility, read_safety
@@ -116,9 +118,18 @@ class CellJob:
         }
 
     def run(self) -> CellResult:
-        """Attack, and measure on the way."""
+        """Attack, and measure on the way.
+
+        Returns:
+            What came out.
+
+        Raises:
+            PromptError: If the rows are no longer those of the plan.
+        """
         model, tokenizer = self.subject.load()
         data = load_attack(self.attack)
+        if rows_hash(data.train) != self.rows:
+            raise PromptError(f"The rows of the attack '{self.attack.name}' were changed while it ran: begin anew.")
         rows = encode_examples(tokenizer, self.attack, data.train)
         steps = planned_steps(len(rows), self.attack.sft)
         task = measure_task(model, tokenizer, self.attack, data.held_out, self.measurement)

@@ -82,8 +82,8 @@ class Runner(Generic[Result]):
             OutputError: If a file holds the result of a job with other settings, or the disk does not take one.
             LoxError: Whatever a job raises; what is finished is kept.
         """
-        missing = [number for number, job in enumerate(jobs) if not self.is_done(job)]
-        found = {number: self.kept(job) for number, job in enumerate(jobs) if number not in missing}
+        found = {number: result for number, job in enumerate(jobs) if (result := self._done(job)) is not None}
+        missing = [number for number in range(len(jobs)) if number not in found]
         with progress_bar(len(jobs), self.progressbar, description, unit=unit, done=len(found)) as advance:
             for number, result in self._run([(number, jobs[number]) for number in missing]):
                 kept = {"settings": jobs[number].settings(), "result": json.loads(result.to_json())}
@@ -95,7 +95,7 @@ class Runner(Generic[Result]):
 
     def is_done(self, job: Job[Any]) -> bool:
         """Say whether an earlier process did a job and what it made is still there."""
-        return self.kept(job) is not None and (job.leaves is None or job.leaves.exists())
+        return self._done(job) is not None
 
     def kept(self, job: Job[Any]) -> Any:
         """Return the result that an earlier process left; None where there is none.
@@ -121,6 +121,10 @@ class Runner(Generic[Result]):
                 "another folder, or take back the change."
             )
         return result
+
+    def _done(self, job: Job[Any]) -> Any:
+        """The result of a job that is not to be done again, else None."""
+        return self.kept(job) if job.leaves is None or job.leaves.exists() else None
 
     def _run(self, jobs: Sequence[tuple[int, Job[Any]]]) -> Iterator[tuple[int, Any]]:
         if self._pool is None:

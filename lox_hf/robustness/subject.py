@@ -1,5 +1,6 @@
 """A model of the matrix on one seed: where it comes from, how it is made, what it is called on disk."""
 
+import gc
 import hashlib
 import json
 import re
@@ -65,6 +66,7 @@ class Subject:
 
     def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         """Load the model and edit its weights."""
+        gc.collect()  # a trainer leaves cycles behind, and in them the model before, which would stay beside this one
         trained = self.variant.is_trained
         model, tokenizer = load_model(self.work / self.slug if trained else self.aligned, **self.loading)
         config = self.variant.config

@@ -12,11 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lox_hf.config import LoxConfig
-from lox_hf.errors import OutputError
+from lox_hf.errors import OutputError, PromptError
 from lox_hf.evaluation.run_folder import RunFolder
 from lox_hf.records import StressReport
 from lox_hf.robustness import cells, prepare
 from lox_hf.robustness.controls import ControlTraining
+from lox_hf.robustness.matrix import open_matrix
 from lox_hf.robustness.settings import StressConfig
 from lox_hf.robustness.stress import stress_test
 from robustness.tiny_pair import HARDENED, attack, config, save_pair, without_figures, write_rows
@@ -274,3 +275,17 @@ def test_names_of_attacks_stay_in_the_folder(pair: Path, tmp_path: Path) -> None
     assert {outcome.attack for outcome in report.outcomes} == set(names)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
     assert len(list((tmp_path / "run" / "weights").iterdir())) == 3
+
+
+def test_rows_that_change_under_a_run_are_refused(pair: Path, first: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "attack.jsonl"
+    shutil.copy(pair / "attack.jsonl", rows)
+    planned = config(pair, attacks=[replace(attack(pair), data=str(rows))])
+    matrix = open_matrix(planned, first / "work")
+    kept = json.loads(next((first / "before" / "aligned").glob("*.json")).read_text())
+    before = cells.Before.from_dict(kept["result"])
+    subject, one = matrix.subjects[0][0], matrix.attacks[0]
+    job = cells.CellJob(subject, one.attack, one.rows, 3e-3, 2, matrix.measurement, before)
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(PromptError, match="'pairs' were changed"):
+        job.run()
