@@ -129,7 +129,12 @@ def test_interrupted_from_the_keyboard(pair: Path, tmp_path: Path) -> None:
     words = ["harden", pair / "aligned", "--base-model", pair / "base", "--output", tmp_path / "out", "--svd", "exact"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen(
-        [sys.executable, "-m", "lox_hf.cli", *map(str, words)], stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-m", "lox_hf.cli", *map(str, words)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # Tests that a shell runs in the background may inherit that Ctrl-C is ignored, as the command then does too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not partial.exists() and process.poll() is None:
         time.sleep(0.001)
