@@ -34,7 +34,7 @@ SMALL = (
     *("--lrs", "5e-5", "1e-4", "2e-4"),
     *("--sft", "max_steps=20", "per_device_train_batch_size=16", "lr_scheduler_type=constant"),
     *("max_grad_norm=1", "gradient_checkpointing=false"),
-    *("--control-training", "learning_rate=1e-4", "every=2"),
+    *("--control-training", "learning_rate=5e-5", "refusal_share=1", "every=2", "retrain_steps=10"),
     *("--max-new-tokens", "24"),
 )
 # Which texts are for training and which for testing; the same for all pairs, which meet the same prompts.
