@@ -31,7 +31,7 @@ PAPER = ("--hardened", "6:1.25")
 # All of this was chosen on seed 0.
 SMALL = (
     *("--hardened", "2:0.5", "2:1"),
-    *("--lrs", "5e-5", "1e-4", "2e-4"),
+    *("--lrs", "5e-5", "1e-4", "2e-4", "4e-4"),
     *("--sft", "max_steps=20", "per_device_train_batch_size=16", "lr_scheduler_type=constant"),
     *("max_grad_norm=1", "gradient_checkpointing=false"),
     *("--control-training", "learning_rate=5e-5", "refusal_share=1", "every=2", "retrain_steps=10"),

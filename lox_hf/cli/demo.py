@@ -105,7 +105,7 @@ def _next(report: "DemoReport") -> list[str]:
     names = ("aligned", "base", "my-hardened", "my-adapter")
     aligned, base, output, adapter = (shlex.quote(_short(folder / name)) for name in names)
     return [
-        f"Done in {report.seconds:.0f} s. To look at: {_short(stress / 'report.html')}.",
+        f"This run took {report.seconds:.0f} s. To look at: {_short(stress / 'report.html')}.",
         "The checkpoints of this seed, each loadable by AutoModelForCausalLM.from_pretrained:",
         *(f"  {_short(Path(result.folder))}" for result in report.results),
         "Next, harden the pair yourself, write the hardening as a PEFT adapter, or measure a model on the questions:",

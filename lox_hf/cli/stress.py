@@ -49,7 +49,10 @@ def run(options: argparse.Namespace) -> None:
     options = merge_file(options)
     missing = [f"--{name.replace('_', '-')}" for name in ("base_model", "attacks") if not getattr(options, name)]
     if missing:
-        raise ConfigError(f"A stress test needs {' and '.join(missing)}; lox-hf stress --help says what they take.")
+        raise ConfigError(
+            f"A stress test needs {' and '.join(missing)}: the folder or Hub id of the model before alignment, and the "
+            "names of attacks, such as gsm8k; lox-hf stress --help has the rest."
+        )
     config = make_config(options)
     output = Path(options.output) if options.output else default_output(options.model, "stress")
     shown = False if options.json else None

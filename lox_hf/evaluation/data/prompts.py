@@ -84,7 +84,7 @@ def load_prompts(
     paths = _paths(name_or_path, revision, token)
     rows = [row for path in paths for row in read_rows(path, header)]
     if not rows:
-        raise PromptError(f"'{name_or_path}' holds no prompts.")
+        raise PromptError(f"'{name_or_path}' holds no prompts: give a row for each, with a column prompt.")
     try:
         return _prompts(rows[:n], column)
     except PromptError as error:
