@@ -22,6 +22,7 @@ __all__ = [
     "HardeningPlan",
     "HardeningReport",
     "JudgeAgreement",
+    "LoxCallback",
     "LoxConfig",
     "LoxError",
     "ModelReference",
@@ -30,12 +31,14 @@ __all__ = [
     "PairedDifference",
     "PairingError",
     "PerplexityReport",
+    "ProbeReading",
     "Prompt",
     "PromptError",
     "Rate",
     "RefusalJudge",
     "RubricJudge",
     "SafetyComparison",
+    "SafetyProbe",
     "SafetyReport",
     "SafetySubspace",
     "StressConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "StressReport",
     "TensorPlan",
     "TensorReport",
+    "TrainingReading",
     "UnsupportedModelError",
     "Verdict",
     "__version__",
@@ -122,6 +126,7 @@ _HOMES = {
         "ModelReference",
         "PairedDifference",
         "PerplexityReport",
+        "ProbeReading",
         "Rate",
         "SafetyComparison",
         "SafetyReport",
@@ -129,6 +134,7 @@ _HOMES = {
         "StressReport",
         "TensorPlan",
         "TensorReport",
+        "TrainingReading",
         "Verdict",
     ),
     "robustness.attacks.recipe": ("Attack",),
@@ -138,7 +144,9 @@ _HOMES = {
     "robustness.settings": ("StressConfig",),
     "robustness.stress": ("stress_test",),
     "subspace": ("SafetySubspace",),
+    "training.callback": ("LoxCallback",),
     "training.monitor": ("read_drift",),
+    "training.probe": ("SafetyProbe",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -178,6 +186,7 @@ if TYPE_CHECKING:
         ModelReference,
         PairedDifference,
         PerplexityReport,
+        ProbeReading,
         Rate,
         SafetyComparison,
         SafetyReport,
@@ -185,6 +194,7 @@ if TYPE_CHECKING:
         StressReport,
         TensorPlan,
         TensorReport,
+        TrainingReading,
         Verdict,
     )
     from lox_hf.robustness.attacks.recipe import Attack
@@ -194,7 +204,9 @@ if TYPE_CHECKING:
     from lox_hf.robustness.settings import StressConfig
     from lox_hf.robustness.stress import stress_test
     from lox_hf.subspace import SafetySubspace
+    from lox_hf.training.callback import LoxCallback
     from lox_hf.training.monitor import read_drift
+    from lox_hf.training.probe import SafetyProbe
 
 
 def __getattr__(name: str) -> Any:

@@ -141,11 +141,11 @@ def harden_lora(model: Any, config: LoxConfig, *, allow_repeat: bool = False) ->
         NumericsError: If factors contain NaN or Inf.
     """
     started = time.perf_counter()
-    adapter = _active_adapter(model)
+    adapter = active_lora(model)
     records: dict[str, LoraRecord] = model.__dict__.setdefault(RECORDS, {})
     if adapter in records and not allow_repeat:
         check_not_hardened(records[adapter].report.config, f"adapter '{adapter}'")
-    live = dict(_lora_parameters(model, adapter))
+    live = dict(lora_parameters(model, adapter))
     pairs = [LoraPair(name, b, a, scaling) for name, (b, a, scaling) in live.items()]
     before = _copy(live)
     reports = harden_pairs(pairs, config, f"adapter '{adapter}'")
@@ -165,7 +165,7 @@ def revert_lora(model: Any) -> None:
     adapter, record = _record(model)
     if not record.before:
         raise LoxError(f"Adapter '{adapter}' is LoX itself: model.unload() or model.disable_adapter() takes it off.")
-    live = dict(_lora_parameters(model, adapter))
+    live = dict(lora_parameters(model, adapter))
     for name, (b, a, _) in live.items():
         if not (torch.equal(b, record.after[name][0]) and torch.equal(a, record.after[name][1])):
             raise LoxError(f"{name} was changed after apply_lox: load the adapter again.")
@@ -293,7 +293,8 @@ def check_plain_lora(peft_config: Any, name: str) -> None:
         )
 
 
-def _active_adapter(model: Any) -> str:
+def active_lora(model: Any) -> str:
+    """Return the name of the one active adapter of a PeftModel, which has to be plain LoRA."""
     active = model.active_adapters if isinstance(model.active_adapters, list) else [model.active_adapter]
     if len(active) != 1:
         raise ConfigError(
@@ -303,8 +304,8 @@ def _active_adapter(model: Any) -> str:
     return active[0]
 
 
-def _lora_parameters(model: "PeftModel", adapter: str) -> Iterator[tuple[str, tuple[Tensor, Tensor, float]]]:
-    """Live B (m, r), A (r, n) and the scaling of every module of an adapter, whatever way round it stores them."""
+def lora_parameters(model: "PeftModel", adapter: str) -> Iterator[tuple[str, tuple[Tensor, Tensor, float]]]:
+    """Yield live B (m, r), A (r, n) and scaling of every module of an adapter, whatever way round it stores them."""
     modules: Iterator[tuple[str, Any]] = model.get_submodule("base_model.model").named_modules()
     for name, module in modules:
         if adapter in getattr(module, "lora_A", {}):
@@ -318,7 +319,7 @@ def _lora_parameters(model: "PeftModel", adapter: str) -> Iterator[tuple[str, tu
 
 
 def _record(model: Any) -> tuple[str, LoraRecord]:
-    adapter = _active_adapter(model)
+    adapter = active_lora(model)
     record = model.__dict__.get(RECORDS, {}).get(adapter)
     if record is None:
         raise LoxError(f"Adapter '{adapter}' was not hardened by apply_lox in this process.")

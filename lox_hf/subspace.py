@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lox_hf.config import CONFIG_NAME, LoxConfig
 from lox_hf.core.delta import Delta
+from lox_hf.core.geometry import coordinates
 from lox_hf.core.lowrank import Decomposition, LowRank
 from lox_hf.edit import (
     FactorSource,
@@ -32,6 +34,8 @@ from lox_hf.weights.source import WeightSource
 from lox_hf.weights.writer import FolderWriter, output_errors
 
 SUBSPACE_NAME = "lox_subspace.safetensors"
+BASE_PART = "base"
+"""What a matrix's base coordinates are called in the file, beside its U, S and Vh."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class SafetySubspace:
             Vh (k, n), all float32.
         config: The settings they were made with.
         report: Energy share, residual and gap of each, and which two models they come from.
+        base_coordinates: By matrix name U_k^T W_base V_k, (k, k) float64: with it retention needs no base.
 
     Example:
         >>> from lox_hf import LoxConfig, SafetySubspace
@@ -56,6 +61,7 @@ class SafetySubspace:
     factors: Mapping[str, LowRank]
     config: LoxConfig
     report: HardeningReport
+    base_coordinates: Mapping[str, Tensor]
 
     def __repr__(self) -> str:
         base = self.report.base.name_or_path if self.report.base else "a base in memory"
@@ -121,7 +127,7 @@ class SafetySubspace:
                 f"The full rank (r=None) has no low-rank directions: {listing(full, 5)} Give r a number."
             )
 
-        def work(plan: TensorPlan) -> list[tuple[Decomposition, TensorReport]]:
+        def work(plan: TensorPlan) -> list[_Found]:
             found = _find(plan, source.get(plan.name), pair.factors)
             source.release(plan.name)
             pair.factors.release(plan.name)
@@ -136,9 +142,9 @@ class SafetySubspace:
             description="Decomposing",
         )
         found = [item for items in results for item in items]
-        reports = tuple(report for _, report in found)
-        report = make_report(pair, reports, time.perf_counter() - started)
-        return cls({item.name: directions.factors for directions, item in found}, pair.config, report)
+        report = make_report(pair, tuple(item.report for item in found), time.perf_counter() - started)
+        factors = {item.report.name: item.factors for item in found}
+        return cls(factors, pair.config, report, {item.report.name: item.base_coordinates for item in found})
 
     def factor_source(self) -> FactorSource:
         """Return the directions by matrix, for an edit."""
@@ -173,11 +179,12 @@ class SafetySubspace:
                 factors = {
                     name: LowRank(*(file.get_tensor(f"{name}.{part}") for part in ("U", "S", "Vh"))) for name in names
                 }
+                base_coordinates = {name: file.get_tensor(f"{name}.{BASE_PART}") for name in names}
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"'{pretrained_name_or_path}' does not hold a readable LoX subspace: {error}."
             ) from error
-        return cls(factors, config, report)
+        return cls(factors, config, report, base_coordinates)
 
     def save_pretrained(self, save_directory: str | Path) -> Path:
         """Write `lox_subspace.safetensors`, `lox_config.json` and `lox_report.json` into a new folder, by one rename.
@@ -195,6 +202,7 @@ class SafetySubspace:
         for name, item in self.factors.items():
             for part in ("U", "S", "Vh"):
                 tensors[f"{name}.{part}"] = getattr(item, part).cpu().contiguous()
+            tensors[f"{name}.{BASE_PART}"] = self.base_coordinates[name].contiguous()
         writer = FolderWriter(save_directory)
         writer.check(sum(tensor.nbytes for tensor in tensors.values()), [])
         with writer:
@@ -297,14 +305,25 @@ class SubspaceFactors:
         return complete or stored.rank == 0 or report.energy_share >= r * (1 - 1e-6)
 
 
-def _find(plan: TensorPlan, aligned: Tensor, source: FactorSource) -> list[tuple[Decomposition, TensorReport]]:
+@dataclass(frozen=True)
+class _Found:
+    """What is kept of one matrix."""
+
+    factors: LowRank
+    base_coordinates: Tensor
+    report: TensorReport
+
+
+def _find(plan: TensorPlan, aligned: Tensor, source: FactorSource) -> list[_Found]:
     results = []
     for number, (name, matrix) in enumerate(zip(matrix_names(plan.name, plan.shape), matrices(aligned), strict=True)):
         started = time.perf_counter()
         with naming(name):
             found = source.find(plan, number, matrix)
+            # Of the base's own coordinates nothing more is read: U^T (W - W_base) V = S by what U, S and V are.
+            at_base = coordinates(matrix, found.factors) - torch.diag(found.factors.S.double().cpu())
         report = tensor_report(name, plan, found, time.perf_counter() - started)
-        results.append((found, replace(report, alpha=0.0)))
+        results.append(_Found(found.factors, at_base, replace(report, alpha=0.0)))
     return results
 
 

@@ -1,5 +1,6 @@
 """Figures of a stress test: they show the report's figures, look the same twice, and leave nothing behind."""
 
+import ast
 import math
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from lox_hf.errors import ConfigError, OutputError
 from lox_hf.evaluation.statistics import rate
+from lox_hf.plots.style import save_figure, shown, svg_text
 from lox_hf.records import StressReport
 from lox_hf.robustness.findings.wording import role
 from lox_hf.robustness.plots import (
@@ -22,14 +24,13 @@ from lox_hf.robustness.plots import (
     before_and_after,
     describe,
     models_of,
-    save_figure,
-    svg_text,
     utility_against_asr,
 )
+from lox_hf.robustness.plots.looks import looks
 from lox_hf.robustness.plots.points import cells_of, estimate, estimates_by_step, of_attack, outcomes_by_attack
-from lox_hf.robustness.plots.style import looks, shown
 from robustness.reports import MODELS, report_of, run, runs
 
+SOURCES = sorted((Path(__file__).resolve().parents[1] / "lox_hf").rglob("*.py"))
 SMALL = ("aligned", "hardened r=2 alpha=1.0", "random r=2 alpha=1.0")
 
 
@@ -235,9 +236,31 @@ def test_saved_as_png_and_svg(tmp_path: Path) -> None:
 def test_importing_loads_no_matplotlib_and_drawing_no_pyplot() -> None:
     code = (
         "import sys, lox_hf.robustness.plots, lox_hf.robustness.report; print('matplotlib' in sys.modules); "
-        "from lox_hf.robustness.plots.style import house_style, panels, svg_text\n"
+        "from lox_hf.plots.style import house_style, panels, svg_text\n"
         "with house_style(): svg_text(panels(['a'], 1.0)[0])\n"
         "print('matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["False", "True", "False"]
+
+
+def runs_matplotlib(source: str) -> bool:
+    """Whether a source file imports matplotlib when it runs; what only a type checker reads does not count."""
+    nodes = [ast.parse(source)]
+    while nodes:
+        node = nodes.pop()
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+        if any((name or "").partition(".")[0] == "matplotlib" for name in names):
+            return True
+        types_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        nodes += node.orelse if types_only else ast.iter_child_nodes(node)
+    return False
+
+
+def test_one_package_imports_matplotlib() -> None:
+    users = [path for path in SOURCES if runs_matplotlib(path.read_text())]
+    assert users and {path.parent.name for path in users} == {"plots"}
+    assert {path.parent.parent.name for path in users} == {"lox_hf"}
+    # The control: a type checker's import is none, the same import in a function is one.
+    line = "from matplotlib.axes import Axes"
+    assert not runs_matplotlib(f"if TYPE_CHECKING:\n    {line}") and runs_matplotlib(f"def draw():\n    {line}")

@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lox_hf.cli import adapter, asr, demo, harden, stress, subspace, utility
+from lox_hf.cli import adapter, asr, demo, drift, harden, stress, subspace, utility
 from lox_hf.errors import LoxError
 from lox_hf.version import __version__
 
-COMMANDS = (harden, adapter, subspace, asr, utility, stress, demo)
+COMMANDS = (harden, adapter, subspace, drift, asr, utility, stress, demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     missing = [f"--{name.replace('_', '-')}" for name in ("base_model", "attacks") if not getattr(options, name)]
     if missing:
         raise ConfigError(
-            f"A stress test needs {' and '.join(missing)}: the folder or Hub id of the model before alignment, and the "
+            f"A stress test needs {' and '.join(missing)}: the folder or Hub id of the model before alignment, and "
             "names of attacks, such as gsm8k; lox-hf stress --help has the rest."
         )
     config = make_config(options)

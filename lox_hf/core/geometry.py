@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from lox_hf.core.delta import Delta
+from lox_hf.core.buffers import scratch
+from lox_hf.core.delta import Delta, tile_slices
 from lox_hf.core.lowrank import LowRank
 from lox_hf.errors import NumericsError
 
@@ -35,6 +37,41 @@ class Projection:
     def share(self) -> float:
         """R = ||P_k dW||_F / ||dW||_F, in [0, 1]; NaN for dW = 0, which points nowhere, and without directions."""
         return min(1.0, self.projected_norm / self.norm) if self.norm > 0 and self.reference > 0 else math.nan
+
+
+@torch.no_grad()
+def coordinates(weight: Tensor, directions: LowRank) -> Tensor:
+    """Return U_k^T W V_k, where a matrix stands within the directions: float32 tiles, sums over them in float64.
+
+    Of two matrices the difference of these is U_k^T (W - W') V_k: so retention needs no base, only its coordinates.
+
+    Args:
+        weight: W, (m, n), any floating dtype, or rows and columns of it with directions cut to the same.
+        directions: U_k (m, k) and V_k^T (k, n); k may be 0. On any device.
+
+    Returns:
+        (k, k), float64 on the CPU.
+
+    Raises:
+        NumericsError: If W contains NaN or Inf.
+
+    Example:
+        >>> import torch
+        >>> from lox_hf.core.lowrank import LowRank
+        >>> axes = LowRank(torch.eye(3)[:, :2], torch.ones(2), torch.eye(2))
+        >>> coordinates(torch.tensor([[2.0, 1.0], [0.0, 3.0], [9.0, 9.0]]), axes)
+        tensor([[2., 1.],
+                [0., 3.]], dtype=torch.float64)
+    """
+    left, right = directions.U.to(weight.device), directions.Vh.to(weight.device)
+    within = torch.zeros((directions.rank, weight.shape[1]), dtype=torch.float64, device=weight.device)
+    for part in tile_slices(*weight.shape):
+        rows = weight[part]
+        within += left[part].T @ scratch("delta", rows.shape, torch.float32, rows.device).copy_(rows)
+    found = (within @ right.double().T).cpu()
+    if not torch.isfinite(found).all():
+        raise NumericsError("W contains NaN or Inf")
+    return found
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from lox_hf.records.base import JsonRecord, ModelReference
 from lox_hf.records.comparison import JudgeAgreement, PairedDifference, SafetyComparison, SafetyRun
-from lox_hf.records.drift import DriftReading, TensorDrift
+from lox_hf.records.drift import DriftReading, ProbeReading, TensorDrift, TrainingReading
 from lox_hf.records.hardening import REPORT_NAME, HardeningPlan, HardeningReport, TensorPlan, TensorReport
 from lox_hf.records.safety import CategoryRates, Outcome, Rate, RubricScores, SafetyReport, Verdict
 from lox_hf.records.stress import CellResult, StepReading, TaskScore, UtilityScore
@@ -34,6 +34,7 @@ __all__ = [
     "Outcome",
     "PairedDifference",
     "PerplexityReport",
+    "ProbeReading",
     "Rate",
     "RubricScores",
     "SafetyComparison",
@@ -48,6 +49,7 @@ __all__ = [
     "TensorDrift",
     "TensorPlan",
     "TensorReport",
+    "TrainingReading",
     "UtilityScore",
     "Verdict",
     "WorstCase",

@@ -1,1 +1,1 @@
-"""Watching safety while a model is trained."""
+"""Watching and keeping safety while a model is trained."""

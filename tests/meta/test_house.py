@@ -85,7 +85,7 @@ def test_core_imports_torch_only(source: Path) -> None:
 @pytest.mark.parametrize("source", SOURCES, ids=source_id)
 def test_every_import_is_declared(source: Path) -> None:
     extras = PROJECT["optional-dependencies"]
-    used = (text for name in ("eval", "peft", "trl", "plot") for text in extras[name])
+    used = (text for name in ("eval", "peft", "trl", "plot", "deepspeed") for text in extras[name])
     declared = [*PROJECT["dependencies"], *used]
     allowed = {"lox_hf"} | {IMPORTED_AS.get(name, name) for name in (Requirement(text).name for text in declared)}
     if source == SPACE:

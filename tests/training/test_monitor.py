@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -23,7 +23,7 @@ from lox_hf import (
     apply_lox,
 )
 from lox_hf.records import DriftReading
-from lox_hf.training.monitor import read_drift
+from lox_hf.training.monitor import DriftMonitor, read_drift
 
 R = 2  # the zoo's spectra have a gap after the second direction
 EXACT = 1e-5  # float32 arithmetic on matrices of a hundred rows
@@ -330,12 +330,54 @@ def test_a_model_that_has_diverged_is_named(value: float, saved: Saved) -> None:
 
 def test_what_cannot_be_read_is_refused(saved: Saved) -> None:
     pair, subspace = saved()
-    adapted = get_peft_model(load(pair.aligned_dir), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(UnsupportedModelError, match=r"PeftModel.*merge_and_unload"):
-        read_drift(adapted, subspace, pair.base_dir)
-    merged = read_drift(adapted.merge_and_unload(), subspace, pair.base_dir)
-    assert merged.retention == pytest.approx(1, abs=EXACT)  # control, and the remedy: a fresh adapter adds nothing
+    prompts = get_peft_model(load(pair.aligned_dir), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(UnsupportedModelError, match="PROMPT_TUNING"):
+        read_drift(prompts, subspace, pair.base_dir)
     with pytest.raises(ConfigError, match="name the matrices with target_modules"):
         read_drift(pair.aligned(), subspace, pair.base_dir)
     with pytest.raises(ConfigError, match="matches no module"):
         read_drift(pair.aligned_dir, subspace, pair.base_dir, target_modules=["no_such_layer"])
+
+
+@pytest.mark.parametrize("kind", zoo.KINDS)
+def test_retention_needs_no_base(kind: str, saved: Saved, tmp_path: Path) -> None:
+    pair, subspace = saved(kind)
+    tuned = fine_tune(pair.aligned(), pair.base())
+    model = model_of(pair, tuned)
+    model.save_pretrained(tmp_path / "tuned")
+    expected = read_drift(model, subspace, pair.base_dir)
+    monitor = DriftMonitor(model, subspace)
+    for reading in (read_drift(model, subspace), read_drift(tmp_path / "tuned", subspace), monitor.read()):
+        assert reading.retention == pytest.approx(expected.retention, abs=EXACT)
+        assert sorted(names(reading)) == sorted(names(expected))
+        assert all(map(math.isnan, (reading.r_ft, reading.r_align, reading.ratio)))
+    again = DriftMonitor(model, subspace, pair.base_dir).read()
+    assert (again.r_ft, again.r_align) == pytest.approx((expected.r_ft, expected.r_align), abs=EXACT)
+    assert expected.retention < 0.9  # control: it has moved
+
+
+def test_a_monitor_follows_the_model(saved: Saved) -> None:
+    pair, subspace = saved("llama", torch.float32)
+    model = load(pair.aligned_dir, torch.float32)
+    monitor = DriftMonitor(model, subspace)
+    before = monitor.read().retention
+    model.load_state_dict(erase(pair.aligned(), pair.base(), R, 0.25))
+    assert (before, monitor.read().retention) == pytest.approx((1, 0.75), abs=KNOWN_SHARE)
+
+
+def test_lora_is_read_as_the_merged_model(saved: Saved) -> None:
+    pair, subspace = saved("llama", torch.float32)
+    adapters = LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    model = get_peft_model(load(pair.aligned_dir, torch.float32), adapters)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.arange(parameter.numel()).reshape(parameter.shape).sin())
+    adapted = [read_drift(model, subspace, base) for base in (None, pair.base_dir)]
+    merged = model.merge_and_unload()
+    for reading, base in zip(adapted, (None, pair.base_dir), strict=True):
+        expected = read_drift(merged, subspace, base)
+        assert reading.retention == pytest.approx(expected.retention, abs=EXACT)
+        assert sorted(names(reading)) == sorted(names(expected))
+    assert adapted[1].r_ft == pytest.approx(expected.r_ft, abs=EXACT)
+    assert abs(expected.r_ft - expected.r_align) > 0.01  # control: the adapter has moved it

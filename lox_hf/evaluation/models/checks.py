@@ -73,7 +73,8 @@ def check_vocabulary(model: Any, tokenizer: Any, sequences: Iterable[Sequence[in
     Raises:
         ConfigError: If there are any.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    vocabulary = getattr(weight, "ds_shape", weight.shape)[0]  # DeepSpeed ZeRO-3 leaves it empty between uses
     largest = max(map(max, filter(None, sequences)), default=0)
     if largest >= vocabulary:
         raise ConfigError(

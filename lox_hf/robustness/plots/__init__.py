@@ -1,4 +1,4 @@
-"""Figures of results. The only place that imports matplotlib, and it does so when a figure is drawn."""
+"""Figures of a stress test."""
 
 from lox_hf.robustness.plots.pictures import PICTURES, Picture, describe
 from lox_hf.robustness.plots.points import models_of, of_attack, outcomes_by_attack
@@ -8,7 +8,6 @@ from lox_hf.robustness.plots.stress import (
     before_and_after,
     utility_against_asr,
 )
-from lox_hf.robustness.plots.style import save_figure, svg_text
 
 __all__ = [
     "PICTURES",
@@ -20,7 +19,5 @@ __all__ = [
     "models_of",
     "of_attack",
     "outcomes_by_attack",
-    "save_figure",
-    "svg_text",
     "utility_against_asr",
 ]

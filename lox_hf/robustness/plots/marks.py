@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lox_hf.plots.style import INK
 from lox_hf.records import AttackOutcome, CellResult
 from lox_hf.robustness.findings.curves import mean_asr
 from lox_hf.robustness.findings.seeds import spread
 from lox_hf.robustness.findings.wording import percent
+from lox_hf.robustness.plots.looks import Look
 from lox_hf.robustness.plots.points import estimate, estimates_by_step, refused_and_asr
-from lox_hf.robustness.plots.style import INK, Look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

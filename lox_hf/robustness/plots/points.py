@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from lox_hf.records import AttackOutcome, CellResult, Rate, StepReading, StressReport
-from lox_hf.robustness.plots.style import ordered
+from lox_hf.robustness.plots.looks import ordered
 
 ENOUGH_FOR_BANDS = 5
 """With three seeds Student's t gives an interval from 0 to 100 %."""

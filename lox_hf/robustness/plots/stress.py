@@ -5,20 +5,22 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lox_hf.errors import ConfigError
-from lox_hf.records import AttackOutcome, StepReading, StressReport
-from lox_hf.robustness.plots import marks
-from lox_hf.robustness.plots.points import cells_of, has_bands, models_of, outcomes_by_attack, runs_of, utility_floor
-from lox_hf.robustness.plots.style import (
+from lox_hf.plots.style import (
     GREY,
     INK,
-    Look,
+    PERCENT,
+    QUARTERS,
     finish_with_legend,
     house_style,
-    looks,
-    ordered,
     panels,
     shown,
+    swatch,
+    whole_steps,
 )
+from lox_hf.records import AttackOutcome, StepReading, StressReport
+from lox_hf.robustness.plots import marks
+from lox_hf.robustness.plots.looks import Look, looks, ordered
+from lox_hf.robustness.plots.points import cells_of, has_bands, models_of, outcomes_by_attack, runs_of, utility_floor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
 
 PANEL_HEIGHT_IN = 3.1
 ASR_LABEL = "attack success rate (%)"
-# Room beside 0 and 100 %, so that a marker there is whole.
-PERCENT = (-4, 104)
-QUARTERS = (0, 25, 50, 75, 100)
 
 
 def asr_over_steps(report: StressReport) -> "Figure":
@@ -50,11 +49,9 @@ def asr_over_steps(report: StressReport) -> "Figure":
         return marks.curve_over_steps(axes, cells_of(report, outcome), look, has_bands(report))
 
     def finish(axes: "Axes") -> None:
-        from matplotlib.ticker import MaxNLocator
-
         axes.axhline(50, color=INK, linewidth=0.7, linestyle=":", zorder=1)
         axes.set(xlabel="optimiser steps of the attack", ylim=PERCENT, yticks=QUARTERS)
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        whole_steps(axes)
 
     return _figure(report, mark, finish, ASR_LABEL)
 
@@ -74,8 +71,6 @@ def before_and_after(report: StressReport) -> "Figure":
     _require_asr(report, "The attack success rate before and after")
     style, found = looks(models_of(report)), outcomes_by_attack(report)
     with house_style():
-        from matplotlib.patches import Patch
-
         models = ordered(outcome.model for outcome in report.outcomes)
         figure, all_axes = panels(list(found), 0.46 * len(models) + 0.9, title_width=30)
         for axes, outcomes in zip(all_axes, found.values(), strict=True):
@@ -85,7 +80,7 @@ def before_and_after(report: StressReport) -> "Figure":
             axes.set(xlabel=ASR_LABEL, xlim=(0, 102), ylim=(len(models) - 0.5, -0.5))
             axes.set_yticks(range(len(models)), [shown(model, 30) for model in models])
             axes.grid(visible=False, axis="y")
-        kinds = [Patch(facecolor="none", edgecolor=GREY), Patch(facecolor=GREY, edgecolor=GREY)]
+        kinds = [swatch("none", GREY), swatch(GREY, GREY)]
         finish_with_legend(figure, kinds, ["before the attack", "after its last step"])
     return figure
 

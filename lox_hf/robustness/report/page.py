@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 from html import escape as escape_html
 
 from lox_hf.errors import ConfigError
+from lox_hf.plots.style import INK, svg_text
 from lox_hf.records import StressReport
 from lox_hf.robustness.findings.wording import role
-from lox_hf.robustness.plots import PICTURES, Picture, describe, of_attack, outcomes_by_attack, svg_text
-from lox_hf.robustness.plots.style import INK
+from lox_hf.robustness.plots import PICTURES, Picture, describe, of_attack, outcomes_by_attack
 from lox_hf.robustness.report.tables import Cell, Section, Table, sections
 
 # No page can load or run anything under it, whatever a name tries.

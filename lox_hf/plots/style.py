@@ -1,25 +1,30 @@
-"""One style for all figures: who has which colour, line and marker, and how a figure becomes a file."""
+"""One style for all figures: how they look, and how a figure becomes a file."""
 
 import io
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lox_hf.errors import ConfigError, OutputError
-from lox_hf.robustness.findings.wording import Role, role
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK = "#1b1b1f"
 GREY = "#767676"
-"""Of controls: as dark as text has to be on white, and as light as it has to be on black."""
+"""As dark as text has to be on white, and as light as it has to be on black."""
+# Okabe and Ito, Color Universal Design, 2008: told apart with any colour vision. Line and marker do it on grey paper.
+VERMILION, BLUE, GREEN, PURPLE, SKY = "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9"
 DPI = 200
 PANEL_WIDTH_IN = 4.8
 LEGEND_ROW_IN = 0.2
+PERCENT = (-4, 104)
+"""Limits of an axis in percent, with room beside 0 and 100 so that a marker there is whole."""
+QUARTERS = (0, 25, 50, 75, 100)
 RC = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
@@ -46,68 +51,6 @@ RC = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-# Okabe and Ito, Color Universal Design, 2008: told apart with any colour vision. Line and marker do it on grey paper.
-# The numbers of colours, dashes and markers have no common divisor, so that pairs of them come again late.
-ALIGNED = "#d55e00"
-HARDENED = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9")
-SOLID: Any = "solid"
-DASHES: tuple[Any, ...] = ((0, (1, 1.2)), (0, (4, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
-HARDENED_MARKERS = "sD^vp"
-CONTROL_MARKERS = "XP<>dph8"
-
-
-class Look(NamedTuple):
-    """How one model is drawn in every figure.
-
-    Attributes:
-        color: Of its line, its marker and its bars.
-        dash: Its line, in matplotlib's terms.
-        marker: Its marker.
-        width: Line width in points.
-        order: Higher ones lie on top.
-        prominent: It is no control: its seeds and intervals are drawn along a curve too.
-    """
-
-    color: str
-    dash: Any
-    marker: str
-    width: float
-    order: float
-    prominent: bool
-
-
-def ordered(models: Iterable[str]) -> list[str]:
-    """Sort models as a reader wants them: the aligned one, the hardened ones, the controls.
-
-    Args:
-        models: Names of the models; a name may come more than once.
-
-    Returns:
-        Every name once; within a role in the order in which they came.
-    """
-    roles: tuple[Role, ...] = ("aligned", "hardened", "control")
-    return sorted(dict.fromkeys(models), key=lambda model: roles.index(role(model)))
-
-
-def looks(models: Sequence[str]) -> dict[str, Look]:
-    """Give every model its colour, line and marker.
-
-    Args:
-        models: Names of the models in their order.
-
-    Returns:
-        A look per model; no two are alike for up to 20 hardened models and 40 controls.
-    """
-    hardened = [model for model in models if role(model) == "hardened"]
-    controls = [model for model in models if role(model) == "control"]
-    found = {"aligned": Look(ALIGNED, (0, (5, 1.5)), "o", 2.0, 3, True)}
-    for number, model in enumerate(hardened):
-        marker = HARDENED_MARKERS[number % len(HARDENED_MARKERS)]
-        found[model] = Look(HARDENED[number % len(HARDENED)], SOLID, marker, 2.2, 4, True)
-    for number, model in enumerate(controls):
-        marker = CONTROL_MARKERS[number % len(CONTROL_MARKERS)]
-        found[model] = Look(GREY, DASHES[number % len(DASHES)], marker, 1.1, 2, False)
-    return {model: found[model] for model in models}
 
 
 def shown(name: str, width: int = 34) -> str:
@@ -173,23 +116,30 @@ def panels(
     return figure, found[: len(titles)]
 
 
+def whole_steps(axes: "Axes") -> None:
+    """Mark whole numbers only on a panel's x axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+
+
+def swatch(face: str, edge: str) -> "Artist":
+    """Return a small rectangle for a legend: what it is filled with, and its outline."""
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor=face, edgecolor=edge)
+
+
 def finish_with_legend(figure: "Figure", handles: Sequence[Any], labels: Sequence[str]) -> None:
     """Finish a figure: put one legend below all panels, in as many columns as fit, and lay everything out.
 
     Args:
         figure: The figure.
-        handles: What the legend explains.
+        handles: What the legend explains; where there is nothing, there is no legend.
         labels: In which words.
     """
-    names = [shown(label) for label in labels]
-    width, height = figure.get_size_inches()
-    # A character at 9 points is about 0.075 inches wide; handle and gaps take 0.75.
-    entry_in = 0.075 * max(len(line) for name in names for line in name.split("\n")) + 0.75
-    columns = max(1, min(len(names), int(width / entry_in)))
-    per_column = -(-len(names) // columns)
-    lines = per_column * max(name.count("\n") + 1 for name in names)
-    figure.set_size_inches(width, height + LEGEND_ROW_IN * lines)
-    figure.legend(handles, names, loc="outside lower center", ncols=columns)
+    if handles:
+        _add_legend(figure, handles, [shown(label) for label in labels])
     # Laid out once: every further time would begin from the last and move things a little.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -229,6 +179,17 @@ def save_figure(figure: "Figure", stem: Path) -> tuple[Path, Path]:
     except OSError as error:
         raise OutputError(f"The figure {stem} cannot be written: {error.strerror or error}.") from error
     return files
+
+
+def _add_legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> None:
+    width, height = figure.get_size_inches()
+    # A character at 9 points is about 0.075 inches wide; handle and gaps take 0.75.
+    entry_in = 0.075 * max(len(line) for name in names for line in name.split("\n")) + 0.75
+    columns = max(1, min(len(names), int(width / entry_in)))
+    per_column = -(-len(names) // columns)
+    lines = per_column * max(name.count("\n") + 1 for name in names)
+    figure.set_size_inches(width, height + LEGEND_ROW_IN * lines)
+    figure.legend(handles, names, loc="outside lower center", ncols=columns)
 
 
 def _bytes(figure: "Figure", kind: str) -> bytes:
