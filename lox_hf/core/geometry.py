@@ -63,12 +63,13 @@ def coordinates(weight: Tensor, directions: LowRank) -> Tensor:
         tensor([[2., 1.],
                 [0., 3.]], dtype=torch.float64)
     """
-    left, right = directions.U.to(weight.device), directions.Vh.to(weight.device)
-    within = torch.zeros((directions.rank, weight.shape[1]), dtype=torch.float64, device=weight.device)
+    left = directions.U.to(weight.device)
+    within = _zeros((directions.rank, weight.shape[1]), weight.device)
     for part in tile_slices(*weight.shape):
         rows = weight[part]
-        within += left[part].T @ scratch("delta", rows.shape, torch.float32, rows.device).copy_(rows)
-    found = (within @ right.double().T).cpu()
+        tile = scratch("delta", rows.shape, torch.float32, rows.device).copy_(rows)
+        within += (left[part].T @ tile).to(within.device)
+    found = (within @ directions.Vh.to(within.device).double().T).cpu()
     if not torch.isfinite(found).all():
         raise NumericsError("W contains NaN or Inf")
     return found
@@ -101,14 +102,14 @@ def project(delta: Delta, directions: LowRank) -> Projection:
     Source: Perin et al., COLM 2025, section 3 (R_align and R_ft).
     """
     left = directions.U.to(delta.device)
-    within = torch.zeros((directions.rank, delta.shape[1]), dtype=torch.float64, device=delta.device)
-    energy = torch.zeros((), dtype=torch.float64, device=delta.device)
+    within = _zeros((directions.rank, delta.shape[1]), delta.device)
+    energy = _zeros((), delta.device)
     for part, tile in delta.tiles():
-        within += left[part].T @ tile
-        energy += torch.linalg.vector_norm(tile, dim=1).double().square().sum()
+        within += (left[part].T @ tile).to(within.device)
+        energy += torch.linalg.vector_norm(tile, dim=1).to(energy.device).double().square().sum()
     if not torch.isfinite(energy):
         raise NumericsError("dW contains NaN or Inf")
-    along = (within * directions.Vh.to(delta.device)).sum(dim=1).cpu()
+    along = (within * directions.Vh.to(within.device)).sum(dim=1).cpu()
     s = directions.S.double().cpu()
     return Projection(
         component=(along @ s).item(),
@@ -116,3 +117,8 @@ def project(delta: Delta, directions: LowRank) -> Projection:
         projected_norm=within.norm().item(),
         norm=energy.sqrt().item(),
     )
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where sums of a device's float32 products begin, in float64: on the CPU where the device has none, as MPS."""
+    return torch.zeros(shape, dtype=torch.float64, device="cpu" if device.type == "mps" else device)

@@ -1,6 +1,7 @@
 """`LoxCallback`: safety is watched while a model is trained by transformers or TRL, and kept if that is asked for."""
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,10 +19,11 @@ from lox_hf.subspace import SafetySubspace
 from lox_hf.training.alignment import HardenAfter
 from lox_hf.training.backends.correction_adapter import activate_correction
 from lox_hf.training.checkpoints import load_correction, newest_checkpoint
-from lox_hf.training.correction import start_coordinates, targets
+from lox_hf.training.correction import off_target, start_coordinates, targets
 from lox_hf.training.directions import find_directions
 from lox_hf.training.journal import Journal, first_of_steps
 from lox_hf.training.monitor import DriftMonitor
+from lox_hf.training.processes import from_process_zero
 from lox_hf.training.reference import warn_of_reference
 from lox_hf.training.reporter import PREFIX, Reporter
 from lox_hf.training.settings import setting_problems
@@ -69,7 +71,8 @@ class LoxCallback(TrainerCallback):
         token: Hub token; None uses the stored login.
 
     Attributes:
-        readings: What was read in this run, and before it where it was resumed.
+        readings: What was read in this run, and before it where it was resumed; the values of single matrices are in
+            the file alone.
 
     Raises:
         ConfigError: If arguments are out of range or contradict each other; all of them are listed.
@@ -115,6 +118,8 @@ class LoxCallback(TrainerCallback):
         self._reporter = Reporter()
         self._journal: Journal | None = None
         self._watch: Watch | None = None
+        self._stopped_at: int | None = None
+        self._saved_at: int | None = None
 
     def attach(self, trainer: "Trainer") -> Self:
         """Let rows reach the trainer's trackers too; without it they reach its history only.
@@ -133,14 +138,14 @@ class LoxCallback(TrainerCallback):
 
     @property
     def last_safe_checkpoint(self) -> Path | None:
-        """The newest checkpoint of this run that is still there and whose own reading was not beyond the threshold.
+        """The newest checkpoint of this run that is still there and was measured to be within the threshold.
 
         None where there is none, and where no threshold says what is safe.
         """
         if self._journal is None or not self.threshold.is_set:
             return None
         saved = first_of_steps(self.readings)
-        return newest_checkpoint(self._journal.folder.parent, [reading for reading in saved if not reading.tripped])
+        return newest_checkpoint(self._journal.folder.parent, filter(self.threshold.is_kept, saved))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **found: Any) -> None:
         """Check that everything fits, and read the model before the first step."""
@@ -159,16 +164,19 @@ class LoxCallback(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Read where epochs are asked for, or this one is saved, or is the last."""
         self._look_before_save("epoch" if self.every_n_steps is None else None, args, state, control)
+        # An evaluation decides about saving by itself, also at the step at which this callback stops.
+        control.should_save |= self._stopped_at == state.global_step != self._saved_at
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         """Read, and put the figures among the metrics, where `metric_for_best_model` finds them."""
         self._look("evaluate", args, state, control)
         if self._watch is not None and metrics is not None:
-            metrics |= {f"eval_{PREFIX}{name}": value for name, value in self.readings[-1].figures().items()}
+            metrics |= self._evaluation(self.readings[-1])
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Read what another callback has saved at a step that was not read."""
-        self._look("save", args, state, control)
+        """Read what another callback has saved at a step that was not read; it is too late to act on it."""
+        self._saved_at = state.global_step
+        self._look("save", args, state, control, may_act=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Read the model that training leaves, and draw the run; or harden it."""
@@ -179,13 +187,15 @@ class LoxCallback(TrainerCallback):
         if best is not None:
             load_correction(model, Path(best))
         is_other = best is not None and state.best_global_step != state.global_step
-        self._look("end", args, state, control, is_other_model=is_other)
-        self._draw()
-        self._watch = None
+        try:
+            self._look("end", args, state, control, is_other_model=is_other)
+            self._draw()
+        finally:
+            self._watch = None
 
     def _begin(self, args: "TrainingArguments", state: "TrainerState", model: nn.Module, tokenizer: Any) -> None:
         model = getattr(model, "_orig_mod", model)  # compiled or not
-        journal = Journal(str(args.output_dir), writes=state.is_world_process_zero)
+        journal = Journal(str(args.output_dir), writes=args.should_save)
         is_resumed = state.global_step > 0
         if is_resumed:
             activate_correction(model)
@@ -194,26 +204,29 @@ class LoxCallback(TrainerCallback):
         watch.check()
         start = self._start(watch.monitor, journal, is_resumed)
         watch.targets = targets(subspace, self.strength, start)
+        if self.action == "reapply":  # now, and not when hours of training have gone by
+            watch.monitor.weights.check_add(off_target(subspace, watch.targets, start))
         self._reporter.check(args, state)
         if is_resumed:
-            self.readings = journal.resume(state.global_step)
+            self.readings = from_process_zero(lambda: journal.resume(state.global_step))
         else:  # now that nothing is in the way, what an older run left may go
             self.readings = []
             journal.restart(subspace if self.subspace is not subspace else None, start)
+        self._stopped_at = self._saved_at = None
         self._journal, self._watch = journal, watch
 
     def _directions(self, model: nn.Module, journal: Journal, is_resumed: bool) -> SafetySubspace:
         if isinstance(self.subspace, SafetySubspace):
             return self.subspace
         if is_resumed:  # the model has moved since they were found
-            return SafetySubspace.from_pretrained(journal.subspace_folder)
+            return from_process_zero(journal.load_directions)
         return find_directions(model, self.subspace, self.base_model, token=self.token)
 
     def _start(self, monitor: DriftMonitor, journal: Journal, is_resumed: bool) -> dict[str, Tensor]:
         if self.action != "reapply":
             return {}
         if is_resumed and self.strength is None:
-            return journal.load_start()
+            return from_process_zero(journal.load_start)
         return start_coordinates(monitor.weights, monitor.subspace)
 
     def _look_before_save(self, moment: str | None, args: Any, state: Any, control: Any) -> None:
@@ -229,29 +242,46 @@ class LoxCallback(TrainerCallback):
         args: "TrainingArguments",
         state: "TrainerState",
         control: "TrainerControl",
+        *,
+        may_act: bool = True,
         is_other_model: bool = False,
     ) -> None:
         """Take a reading, unless this step has one, and act on it."""
         if self._watch is None or self._journal is None:  # not in training: `evaluate` on its own
             return
-        last = self.readings[-1] if self.readings else None
-        is_read = last is not None and last.step == state.global_step
         is_last_correction = moment == "end" and self.action == "reapply" and not self.threshold.is_set
-        is_finished = last is not None and last.moment == "end"
-        if is_read and (is_finished or not is_last_correction) and not is_other_model:
+        is_read = bool(self.readings) and self.readings[-1].step == state.global_step
+        is_finished = is_read and (self.readings[-1].moment == "end" or not is_last_correction)
+        if is_finished and not is_other_model:
             return
         reading = self._watch.read(state, moment)
         reading = replace(reading, tripped=self.threshold.is_crossed(reading))
-        is_due = self.threshold.is_due([*self.readings, reading])
-        if self.action == "reapply" and moment != "begin" and (is_due or is_last_correction):
+        is_due = may_act and moment != "begin" and self.threshold.is_due([*self.readings, reading])
+        if self.action == "reapply" and (is_due or is_last_correction):
             reading = self._watch.correct(reading)
             control.should_save |= is_read and args.save_strategy != "no"  # this step may be saved without it
-        self.readings.append(reading)
-        self._journal.append(reading)
-        self._reporter.report(reading.figures(), state)
-        if self.action == "stop" and is_due and moment != "begin":
+        self._keep(reading, state)
+        if self.action == "stop" and is_due and not is_other_model:
             control.should_training_stop = control.should_save = True
+            self._stopped_at = state.global_step
             self._warn_of_stop(reading)
+
+    def _keep(self, reading: TrainingReading, state: "TrainerState") -> None:
+        """Write a reading down; its matrices stay on disk alone, or long runs would fill the memory with them."""
+        if self._journal is not None:
+            self._journal.append(reading)
+        self.readings.append(replace(reading, drift=replace(reading.drift, tensors=())))
+        self._reporter.report(reading.figures(), state)
+
+    def _evaluation(self, reading: TrainingReading) -> dict[str, float]:
+        """A reading as metrics of the model that is saved next: with its correction; NaN where a judge failed."""
+        figures = reading.figures()
+        if reading.reapplied:
+            figures["retention"] = reading.retention_after
+        figures = {self.threshold.metric: math.nan} | figures
+        if self.probe is not None:
+            figures = dict.fromkeys(("asr", "over_refusal", "refusal_perplexity"), math.nan) | figures
+        return {f"eval_{PREFIX}{name}": value for name, value in figures.items()}
 
     def _warn_of_stop(self, reading: TrainingReading) -> None:
         safe = self.last_safe_checkpoint
@@ -276,4 +306,7 @@ class LoxCallback(TrainerCallback):
             return
         from lox_hf.plots.drift import save_drift_plot
 
-        save_drift_plot(self.readings, self._journal.plot_stem)
+        try:
+            save_drift_plot(self.readings, self._journal.plot_stem)
+        except Exception as error:  # a figure is not worth a training
+            warnings.warn(f"No plot of the run is drawn: {error}", stacklevel=2)

@@ -57,7 +57,7 @@ def load_correction(model: Any, checkpoint: Path) -> None:
 def _has_row(path: Path, reading: TrainingReading) -> bool:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-    except (OSError, ValueError, KeyError):
+        wanted = {"step": reading.step} | {PREFIX + name: value for name, value in reading.figures().items()}
+        return any(wanted.items() <= row.items() for row in rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or no trainer has written it
         return False
-    wanted = {"step": reading.step} | {PREFIX + name: value for name, value in reading.figures().items()}
-    return any(wanted.items() <= row.items() for row in rows)

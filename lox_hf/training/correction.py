@@ -74,6 +74,21 @@ def targets(subspace: SafetySubspace, strength: float | None, start: Mapping[str
     return {name: torch.diag(strength * subspace.factors[name].S.double().cpu()) for name in start}
 
 
+def off_target(subspace: SafetySubspace, targets: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
+    """Return the matrices that `reapply` would change.
+
+    Args:
+        subspace: Directions of the aligned model.
+        targets: T, (k, k) by matrix name.
+        now: C, (k, k) by matrix name.
+
+    Returns:
+        Names of those whose T - C is more than rounding.
+    """
+    factors = subspace.factors
+    return [name for name in targets if (targets[name] - now[name]).norm() > ROUNDING * factors[name].S.norm()]
+
+
 def reapply(weights: LiveWeights, subspace: SafetySubspace, targets: Mapping[str, Tensor]) -> float:
     """Bring every matrix to its target within the directions, in place, and move it nowhere else.
 
@@ -113,12 +128,12 @@ def reapply(weights: LiveWeights, subspace: SafetySubspace, targets: Mapping[str
     Source: Perin et al., COLM 2025, section 3, for U_k, S_k and V_k; the correction is ours.
     """
     now = start_coordinates(weights, subspace)
-    missing = {name: target - now[name] for name, target in targets.items() if name in now}
+    missing = {name: target - now[name] for name, target in targets.items()}
     broken = [name for name, m in missing.items() if not m.isfinite().all()]
     if broken:
         raise NumericsError(f"Nothing was re-applied: {len(broken)} targets contain NaN or Inf: {listing(broken)}")
     factors = subspace.factors
-    added = {name: m for name, m in missing.items() if m.norm() > ROUNDING * factors[name].S.norm()}
+    added = {name: missing[name] for name in off_target(subspace, targets, now)}
     weights.add({name: (factors[name].U @ m.to(factors[name].U), factors[name].Vh) for name, m in added.items()})
     reference = _norm(factors[name].S for name in missing)
     return _norm(added.values()) / reference if reference > 0 else 0.0

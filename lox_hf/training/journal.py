@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +52,7 @@ class Journal:
 
     def __init__(self, output_dir: str | Path, *, writes: bool = True) -> None:
         self.folder, self.writes = Path(output_dir) / FOLDER_NAME, writes
+        self._is_full = False
 
     @property
     def subspace_folder(self) -> Path:
@@ -77,14 +80,14 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in (START_NAME, f"{PLOT_STEM}.png", f"{PLOT_STEM}.svg"):
                 (self.folder / name).unlink(missing_ok=True)
-            with suppress(FileNotFoundError):
-                shutil.rmtree(self.subspace_folder)
             self._write([])
             if start:
                 partial = self._partial(START_NAME)
                 save_file({name: tensor.contiguous() for name, tensor in start.items()}, partial)
                 os.replace(partial, self.folder / START_NAME)
-        if directions is not None:
+        if directions is not None:  # without, the folder may be the one that the user's own directions come from
+            with output_errors(self.folder), suppress(FileNotFoundError):
+                shutil.rmtree(self.subspace_folder)
             directions.save_pretrained(self.subspace_folder)
 
     def resume(self, step: int) -> list[TrainingReading]:
@@ -94,7 +97,7 @@ class Journal:
             step: Step of the checkpoint from which training goes on.
 
         Returns:
-            Readings up to that step; none where there is no file.
+            Readings up to that step, without their matrices; none where there is no file.
 
         Raises:
             CheckpointError: If the file is damaged.
@@ -105,20 +108,44 @@ class Journal:
             with output_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._write(kept)
-        return kept
+        return [replace(reading, drift=replace(reading.drift, tensors=())) for reading in kept]
 
     def append(self, reading: TrainingReading) -> None:
-        """Add one reading; a kill loses no more than the line it interrupts.
+        """Add one reading; a kill loses no more than the line it interrupts. A full disk is warned of, once.
 
         Args:
             reading: The reading.
+        """
+        if not self.writes or self._is_full:
+            return
+        try:
+            with self._readings.open("a", encoding="utf-8") as file:
+                file.write(_line(reading))
+        except OSError as error:  # a training of hours is worth more than the record of it
+            self._is_full = True
+            warnings.warn(
+                f"{self._readings} does not take any more readings ({error}); they go to the trainer's history only.",
+                stacklevel=2,
+            )
+
+    def load_directions(self) -> "SafetySubspace":
+        """Read the directions that were found at the start.
+
+        Returns:
+            The directions.
 
         Raises:
-            OutputError: If the disk does not take it.
+            CheckpointError: If they are not there, or damaged.
         """
-        if self.writes:
-            with output_errors(self.folder), self._readings.open("a", encoding="utf-8") as file:
-                file.write(_line(reading))
+        from lox_hf.subspace import SafetySubspace
+
+        try:
+            return SafetySubspace.from_pretrained(self.subspace_folder)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"Cannot read {self.subspace_folder}, where the run that is resumed kept its directions: {error} "
+                "Resume in its output_dir, or pass a SafetySubspace in place of the LoxConfig."
+            ) from error
 
     def load_start(self) -> dict[str, Tensor]:
         """Read where the model stood before the first step.

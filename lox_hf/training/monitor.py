@@ -16,7 +16,7 @@ from lox_hf.parallel import map_tensors
 from lox_hf.records import DriftReading, TensorDrift
 from lox_hf.subspace import SafetySubspace
 from lox_hf.training.backends import LiveWeights, is_plain, open_weights
-from lox_hf.training.scope import check_fit, held_tensors, selected_tensors
+from lox_hf.training.scope import check_fit, held_tensors, selected_tensors, warn_of_absent
 from lox_hf.weights.source import WeightSource
 
 
@@ -79,6 +79,7 @@ def read_drift(
 
     Source: Perin et al., COLM 2025, section 3; the reference's safety/R_metrics.py.
     """
+    model = getattr(model, "_orig_mod", model)  # compiled or not
     if isinstance(model, nn.Module) and not is_plain(model):
         return DriftMonitor(model, subspace, base_model, target_modules=target_modules, token=token).read()
     ours = open_side(model, "model", revision=revision, token=token, files=CHECKPOINT_FILES)
@@ -87,11 +88,13 @@ def read_drift(
     modules = model if isinstance(model, nn.Module) else folder
     selected = selected_tensors(ours.source, modules, target_modules, trust_remote_code)
     check_fit(ours.source, base, subspace, selected)
+    held = held_tensors(ours.source, subspace, selected)
+    warn_of_absent(ours.source, subspace, selected)
     reader = _Reader(ours.source, base, subspace)
     infos = ours.source.infos()
     results = map_tensors(
         reader.read,
-        held_tensors(ours.source, subspace, selected),
+        held,
         size_of=lambda name: infos[name].size_bytes,
         progressbar=progressbar,
         description="Reading drift",
@@ -103,11 +106,12 @@ def read_drift(
 class DriftMonitor:
     """Reads the drift of a model in training whenever it is asked; what can be found out once is found out here.
 
-    The figures are those of `read_drift`. Beyond the directions no memory is needed: without a base a reading computes
-    U_k^T W V_k of each matrix where it lies, with one it goes through the base tensor by tensor.
+    The figures are those of `read_drift`, for the matrices that the subspace holds. Beyond the directions no memory is
+    needed: without a base a reading computes U_k^T W V_k of each matrix where it lies, with one it goes through the
+    base tensor by tensor.
 
     Attributes:
-        weights: The model's matrices, as of the last reading.
+        weights: The model's matrices.
         subspace: The directions.
 
     Args:
@@ -142,13 +146,14 @@ class DriftMonitor:
         token: str | bool | None = None,
     ) -> None:
         self.subspace = subspace
+        model = getattr(model, "_orig_mod", model)  # compiled or not
         self.weights: LiveWeights = open_weights(model)
-        self._model = model
-        self._base = base = _open_base(base_model, subspace, token, like=model)
+        base = _open_base(base_model, subspace, token, like=model)
         selected = selected_tensors(self.weights, model, target_modules, trust_remote_code=False)
         check_fit(self.weights, base, subspace, selected)
         held = held_tensors(self.weights, subspace, selected)
         infos = self.weights.infos()
+        self._reader = _Reader(self.weights, base, subspace) if base is not None else None
         self._tensors = held
         self._matrices = [
             matrix for name in held for matrix in matrix_names(name, infos[name].shape) if matrix in subspace.factors
@@ -163,12 +168,22 @@ class DriftMonitor:
         Raises:
             NumericsError: If a matrix contains NaN or Inf; it is named.
         """
-        if self.weights.collective:  # training moves the pieces about: a forward pass may leave some of them whole
-            self.weights = open_weights(self._model)
-        if self._base is not None:
-            reader = _Reader(self.weights, self._base, self.subspace)
-            return _summarise([item for name in self._tensors for item in reader.read(name)])
+        self.weights.refresh()
+        if self._reader is not None:
+            return _summarise([item for name in self._tensors for item in self._reader.read(name)])
         return _summarise([self._read_matrix(name) for name in self._matrices])
+
+    def retention(self) -> float:
+        """Read retention alone, for which no base is read.
+
+        Returns:
+            Retention of all matrices together.
+
+        Raises:
+            NumericsError: If a matrix contains NaN or Inf; it is named.
+        """
+        self.weights.refresh()
+        return _summarise([self._read_matrix(name) for name in self._matrices]).retention
 
     def _read_matrix(self, name: str) -> "_Matrix":
         with naming(name):

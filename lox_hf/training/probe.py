@@ -1,32 +1,23 @@
 """`SafetyProbe`: what a model in training answers to a few prompts."""
 
-import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from itertools import takewhile
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
-
-import numpy as np
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from lox_hf.errors import ConfigError, LoxError
 from lox_hf.evaluation.asr import as_prompts, judge_responses, summarise
 from lox_hf.evaluation.data.prompts import Prompt, check_number, load_prompts
 from lox_hf.evaluation.judges import Judge, JudgeLike, get_judge
-from lox_hf.evaluation.models.batch_size import run_in_batches
 from lox_hf.evaluation.models.chat import Conversation, ask
-from lox_hf.evaluation.models.checks import check_vocabulary, context_length
-from lox_hf.evaluation.models.likelihood import Window, fitting_windows, negative_log_likelihood
-from lox_hf.evaluation.models.local import LocalModel, left_as_found
-from lox_hf.evaluation.models.templates import encode
-from lox_hf.evaluation.models.tokens import mark, special_tokens, tokenize
+from lox_hf.evaluation.models.random_states import random_states_kept
 from lox_hf.evaluation.statistics import rate
 from lox_hf.records import ProbeReading, Rate
+from lox_hf.training.backends.live import reshard
+from lox_hf.training.probed import ProbedModel
+from lox_hf.training.processes import are_many, from_process_zero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,8 +25,6 @@ if TYPE_CHECKING:
 REFUSAL = "I'm sorry, but I can't help with that."
 SHARED_BATCH_SIZE = 16
 """Prompts at once under several processes: what fits into each one's memory would differ, and they have to agree."""
-
-Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
@@ -112,8 +101,8 @@ class SafetyProbe:
             >>> SafetyProbe("advbench", n=16).check(model, tokenizer)  # doctest: +SKIP
         """
         self._chat(model, tokenizer).check(self._conversations(self.asked), self.refusal)
-        with _random_states_kept():
-            _from_first(self._try_judge)
+        with random_states_kept():
+            from_process_zero(self._try_judge)
 
     def read(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> ProbeReading:
         """Let the model answer greedily, judge the answers, and read the perplexity of a refusal.
@@ -134,31 +123,34 @@ class SafetyProbe:
             ConfigError: If settings are out of range, or the tokenizer or the chat template does not fit.
             PromptError: If prompts cannot be read, or all are too long for the model.
             UnsupportedModelError: If the model does not continue a text.
-            LoxError: If the memory does not suffice for a single prompt.
+            LoxError: If the memory does not suffice for a single prompt; under several processes, for a batch.
 
         Example:
             >>> probe.read(model, tokenizer).asr.share  # doctest: +SKIP
             0.06
         """
         harmful = [prompt for prompt in self.asked if prompt.harmful]
-        with _random_states_kept(), _sharded_again(model):
-            chat = self._chat(model, tokenizer)
-            replies = dict(chat.replies(self._conversations(self.asked)))
+        chat = self._chat(model, tokenizer)
+        with random_states_kept():
+            try:
+                replies = dict(chat.replies(self._conversations(self.asked)))
+                perplexity = chat.perplexity_of(self.refusal, self._conversations(harmful))
+            finally:
+                reshard(model)  # FSDP 2 keeps the outermost weights whole, for a backward pass
             texts = [None if replies[place].error else replies[place].text for place in range(len(self.asked))]
-            perplexity = chat.perplexity_of(self.refusal, self._conversations(harmful))
-            return _from_first(lambda: ProbeReading(*self._rates(texts), perplexity))
+            return from_process_zero(lambda: ProbeReading(*self._rates(texts), perplexity))
 
     @cached_property
     def _judge(self) -> Judge:
         return get_judge(self.judge)
 
-    def _chat(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> "_Probed":
-        return _Probed(
+    def _chat(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> ProbedModel:
+        return ProbedModel(
             model,
             tokenizer,
             template=self.template,
             max_new_tokens=self.max_new_tokens,
-            batch_size=SHARED_BATCH_SIZE if self.batch_size is None and _is_shared() else self.batch_size,
+            batch_size=SHARED_BATCH_SIZE if self.batch_size is None and are_many() else self.batch_size,
             chat_template_kwargs=self.chat_template_kwargs,
         )
 
@@ -200,125 +192,3 @@ class SafetyProbe:
                 f"said once. {why}",
                 stacklevel=4,
             )
-
-
-class _Probed(LocalModel):
-    """A model in training that is also asked how likely it finds an answer."""
-
-    def check(self, conversations: Sequence[Conversation], answer: str) -> None:
-        """Raise what `replies` and `perplexity_of` would."""
-        self._refused(self._prompts(conversations))
-        self._answer_ids(answer)
-
-    def perplexity_of(self, answer: str, conversations: Sequence[Conversation]) -> float:
-        """Perplexity of one answer, over all conversations that leave room for it; NaN without any."""
-        ids, context = self._answer_ids(answer), context_length(self._model)
-        prompts = [
-            prompt for prompt in self._prompts(conversations) if context is None or len(prompt + ids) <= context
-        ]
-        if not prompts:
-            return float("nan")
-        windows = [Window(prompt + ids, len(ids)) for prompt in sorted(prompts, key=len, reverse=True)]
-        longest = len(windows[0].ids)
-        batches = run_in_batches(
-            partial(negative_log_likelihood, self._model),
-            windows,
-            min(fitting_windows(self._model, longest), self.batch_size or len(windows)),
-            device=self._model.device,
-            one=f"one prompt and a refusal of {longest} tokens: leave the longest prompts out.",
-        )
-        with left_as_found(self._model):
-            total = sum(loss for _, _, loss in batches)
-        return torch.tensor(total / (len(windows) * len(ids)), dtype=torch.float64).exp().item()
-
-    def _prompts(self, conversations: Sequence[Conversation]) -> list[list[int]]:
-        special = special_tokens(self._tokenizer)
-        prompts = [
-            encode(self._tokenizer, turns, self.template, self._variables, special=special) for turns in conversations
-        ]
-        check_vocabulary(self._model, self._tokenizer, prompts)
-        return prompts
-
-    def _answer_ids(self, answer: str) -> list[int]:
-        """Token ids of an answer as they follow a prompt, with the one that ends its turn.
-
-        Read off a text with something in front, as tokenizers spell the beginning of a text in another way. What a
-        template writes after the end of the turn a model never generates.
-
-        Returns:
-            Token ids.
-
-        Raises:
-            ConfigError: If there are none.
-        """
-        special, ends = special_tokens(self._tokenizer), self._ends()
-        before, whole = self._before_and_whole(answer, special)
-        pairs = enumerate(zip(before, whole, strict=False))
-        start = next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(before), len(whole)))
-        ids = list(takewhile(lambda token: token not in ends, whole[start:]))
-        if not ids:
-            raise ConfigError(
-                f"No token is left of the refusal {answer!r} in the format '{self.template}': pass words as refusal, "
-                f"or another template than that of '{self._tokenizer.name_or_path}'."
-            )
-        end = next((token for token in whole[start:] if token in ends), self._tokenizer.eos_token_id)
-        return ids if end is None else [*ids, end]
-
-    def _before_and_whole(self, answer: str, special: Mapping[int, str]) -> tuple[list[int], list[int]]:
-        """Token ids of a prompt, and of the same with the answer behind it."""
-        if self.template != "chat":  # the prompts of "alpaca" end with a colon too
-            whole = tokenize(self._tokenizer, special, f": {mark(special, answer)}")
-            return tokenize(self._tokenizer, special, ":"), whole
-        question = ask("?")
-        turns = [*question, {"role": "assistant", "content": mark(special, answer)}]
-        text = self._tokenizer.apply_chat_template(cast("Any", turns), tokenize=False, **self._variables)
-        before = encode(self._tokenizer, question, "chat", self._variables, special=special)
-        return before, tokenize(self._tokenizer, special, cast("str", text).rstrip())
-
-
-def _is_shared() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _from_first(work: Callable[[], Result]) -> Result:
-    """Do something on the first process, and return or raise on every process what came of it."""
-    if not _is_shared():
-        return work()
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except LoxError as error:  # the others would wait for ever
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-@contextmanager
-def _sharded_again(model: "PreTrainedModel") -> Iterator[None]:
-    """Let FSDP 2 free what it gathered: after a forward pass it keeps the outermost weights for a backward pass."""
-    try:
-        yield
-    finally:
-        if _is_shared():
-            from torch.distributed.fsdp import FSDPModule
-
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Leave every random state as it was: loading a judge's model draws numbers, and a user's function may."""
-    python, numpy = random.getstate(), np.random.get_state()
-    accelerator = torch.accelerator.current_accelerator()
-    devices = [] if accelerator is None else [torch.accelerator.current_device_index()]
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

@@ -71,7 +71,7 @@ def _linear_maps(model: nn.Module) -> set[str]:
 
 
 def held_tensors(model: WeightSource, subspace: SafetySubspace, selected: Sequence[str]) -> list[str]:
-    """Return the selected tensors that the subspace has directions of; warn of those that it has not.
+    """Return the selected tensors that the subspace has directions of.
 
     Args:
         model: The model's tensors.
@@ -85,20 +85,31 @@ def held_tensors(model: WeightSource, subspace: SafetySubspace, selected: Sequen
         PairingError: If it holds none of them.
     """
     infos = model.infos()
-    absent = [matrix for name in selected for matrix in _names(name, infos[name]) if matrix not in subspace.factors]
     held = [name for name in selected if any(matrix in subspace.factors for matrix in _names(name, infos[name]))]
     if not held:
         raise PairingError(
-            f"The subspace holds none of the matrices that are asked for: {listing(absent, 5)} It holds "
+            f"The subspace holds none of the matrices that are asked for: {listing(selected, 5)} It holds "
             f"{listing(subspace.factors, 5)} Name some of them with target_modules, or make it again of more."
         )
+    return held
+
+
+def warn_of_absent(model: WeightSource, subspace: SafetySubspace, selected: Sequence[str]) -> None:
+    """Warn of selected matrices that the subspace has no directions of.
+
+    Args:
+        model: The model's tensors.
+        subspace: The directions.
+        selected: What was asked for.
+    """
+    infos = model.infos()
+    absent = [matrix for name in selected for matrix in _names(name, infos[name]) if matrix not in subspace.factors]
     if absent:
         warnings.warn(
             f"The subspace does not hold {len(absent)} of the matrices that are asked for, so the drift is read "
             f"without them: {listing(absent, 5)}",
             stacklevel=3,
         )
-    return held
 
 
 def _unlike_base(name: str, ours: TensorInfo, theirs: TensorInfo | None) -> Iterator[str]:

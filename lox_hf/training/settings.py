@@ -67,12 +67,13 @@ def _reading_problems(threshold: Threshold, given: dict[str, Any]) -> Iterator[s
     every = given.get("every_n_steps")
     if every is not None and not is_count(every):
         yield f"every_n_steps is {every!r}, expected a positive integer, or None for each epoch"
-    needed = NEEDS.get(threshold.metric)
+    needed = NEEDS.get(threshold.metric) if isinstance(threshold.metric, str) else None
     if needed and given.get(needed) is None:
         yield f"metric {threshold.metric!r} needs {needed}"
     probe = given.get("probe")
-    if probe is not None and not hasattr(probe, "read"):
-        yield f"probe is a SafetyProbe, got {type(probe).__name__}"
+    if probe is not None and (isinstance(probe, type) or not hasattr(probe, "read")):
+        got = f"the class {probe.__name__}" if isinstance(probe, type) else type(probe).__name__
+        yield f"probe is a SafetyProbe, got {got}"
 
 
 def _harden_problems(action: Any, threshold: Threshold, given: dict[str, Any]) -> Iterator[str]:

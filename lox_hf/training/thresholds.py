@@ -47,26 +47,35 @@ class Threshold:
 
     def is_crossed(self, reading: TrainingReading) -> bool:
         """Tell whether a reading is beyond the limit; one that lacks the figure is not."""
+        return self._is_beyond(reading.figures().get(self.metric, math.nan))
+
+    def is_kept(self, reading: TrainingReading) -> bool:
+        """Tell whether the model that a reading left, correction included, is known to be within the limit."""
         value = reading.figures().get(self.metric, math.nan)
-        under = self.below is not None and value < self.below
-        return under or (self.above is not None and value > self.above)
+        if reading.reapplied:  # what it answers with the correction was not asked
+            value = reading.retention_after if self.metric == "retention" else math.nan
+        return not math.isnan(value) and not self._is_beyond(value)
 
     def is_due(self, readings: Sequence[TrainingReading]) -> bool:
         """Tell whether the last readings, `patience` of them in a row, call for action.
 
         Args:
-            readings: All readings so far, by step. A correction ends a row, as the weights were others after it.
+            readings: All readings so far, by step. A correction ends a row, as the weights were others after it; a
+                reading that lacks the figure, such as one whose judge failed, is passed over.
 
         Returns:
             Whether they do.
         """
-        row = takewhile(lambda place: self._goes_on(readings, place), reversed(range(len(readings))))
+        if not readings or self.metric not in readings[-1].figures():
+            return False
+        known = [reading for reading in readings if self.metric in reading.figures()]
+        row = takewhile(lambda place: self._goes_on(known, place), reversed(range(len(known))))
         return sum(1 for _ in row) >= self.patience
 
     def problems(self) -> list[str]:
         """Return what is wrong with the settings, a clause each."""
         found = []
-        if self.metric not in NEEDS:
+        if not isinstance(self.metric, str) or self.metric not in NEEDS:
             found.append(f"metric is {self.metric!r}, expected one of {', '.join(NEEDS)}")
         if self.below is not None and self.above is not None:
             found.append(f"the threshold is given twice, below={self.below!r} and above={self.above!r}: give one")
@@ -80,6 +89,10 @@ class Threshold:
 
     def __str__(self) -> str:
         return f"{self.metric} below {self.below}" if self.below is not None else f"{self.metric} above {self.above}"
+
+    def _is_beyond(self, value: float) -> bool:
+        under = self.below is not None and value < self.below
+        return under or (self.above is not None and value > self.above)
 
     def _goes_on(self, readings: Sequence[TrainingReading], place: int) -> bool:
         is_newest = place == len(readings) - 1

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed
 from torch import Tensor
 
 from lox_hf.records import TrainingReading
 from lox_hf.training.correction import reapply
 from lox_hf.training.monitor import DriftMonitor
+from lox_hf.training.processes import from_process_zero
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -54,7 +54,8 @@ class Watch:
         """
         drift = self.monitor.read()
         probe = self.probe.read(self.model, self.tokenizer) if self.probe else None
-        return _of_process_zero(TrainingReading(state.global_step, float(state.epoch or 0), moment, drift, probe))
+        reading = TrainingReading(state.global_step, float(state.epoch or 0), moment, drift, probe)
+        return from_process_zero(lambda: reading)  # answers to prompts may differ, and with them what is decided
 
     def correct(self, reading: TrainingReading) -> TrainingReading:
         """Bring the coordinates to their targets, in place.
@@ -67,19 +68,10 @@ class Watch:
 
         Raises:
             UnsupportedModelError: If a matrix cannot be changed so that a save keeps it.
+            LoxError: If there is an adapter "lox" that does not fit.
             NumericsError: If a matrix contains NaN or Inf; it is named.
         """
         size = reapply(self.monitor.weights, self.monitor.subspace, self.targets)
         if not size:
             return reading
-        return replace(reading, reapplied=size, retention_after=self.monitor.read().retention)
-
-
-def _of_process_zero(reading: TrainingReading) -> TrainingReading:
-    """What process zero has read: the answers to prompts may differ, and with them what is decided."""
-    dist = torch.distributed
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return reading
-    held = [reading]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
+        return replace(reading, reapplied=size, retention_after=self.monitor.retention())

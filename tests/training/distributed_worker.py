@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
+from lox_hf import LoxCallback
 from lox_hf.core.lowrank import LowRank
 from lox_hf.errors import LoxError
 
@@ -117,10 +119,8 @@ def fsdp(folder: Path) -> dict[str, Any]:
     return seen
 
 
-def zero(folder: Path, stage: int) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM
-
-    settings = {
+def _zero_settings(stage: int) -> dict[str, Any]:
+    return {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
@@ -128,7 +128,12 @@ def zero(folder: Path, stage: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": stage == 2},  # so that what the forward pass uses is not what the optimiser keeps
     }
-    arguments = _arguments(folder, deepspeed=settings, bf16=stage == 2)
+
+
+def zero(folder: Path, stage: int) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    arguments = _arguments(folder, deepspeed=_zero_settings(stage), bf16=stage == 2)
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     dict(model.named_parameters())[FROZEN].requires_grad_(requires_grad=False)
     return train(model, folder, arguments)
@@ -153,7 +158,7 @@ def _arguments(folder: Path, **settings: Any) -> Any:
 
 def train(model: Any, folder: Path, arguments: Any) -> dict[str, Any]:
     """Add to matrices before training, at step 1 and at step 3; read before and after, and what comes of it."""
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer
 
     from lox_hf.training.backends import open_weights
 
@@ -211,14 +216,110 @@ def _logits(trainer: Any) -> Tensor:
     return getattr(found, "full_tensor", lambda: found)().float()
 
 
+# --- callback: a `LoxCallback` in trainings on two processes --------------------------------------------------------
+
+STOP_BELOW = 0.92
+
+
+def callback(folder: Path, backend: str) -> dict[str, Any]:
+    """Train four steps that undo an alignment: watched, resumed in the middle, stopped, and brought back."""
+    subspace = str(folder / "subspace")
+    seen = {
+        "log": _watched(folder, backend, "log", LoxCallback(subspace, every_n_steps=1)),
+        "stop": _watched(folder, backend, "stop", LoxCallback(subspace, "stop", below=STOP_BELOW, every_n_steps=1)),
+        "reapply": _watched(folder, backend, "reapply", LoxCallback(subspace, "reapply", every_n_steps=2)),
+    }
+    if backend == "zero3":  # the Trainer refuses to resume what transformers has sharded, and accelerate needs a GPU
+        again, checkpoint = LoxCallback(subspace, every_n_steps=1), str(folder / "log" / "checkpoint-2")
+        seen["resumed"] = _watched(folder, backend, "log", again, resume=checkpoint)
+    else:
+        seen["lora"] = _refreshed(folder)
+    return seen
+
+
+@torch.no_grad()
+def _refreshed(folder: Path) -> dict[str, Any]:
+    """Read a model under LoRA whose base is in pieces, by matrices of its beginning and by fresh ones."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    from lox_hf.training.backends import open_weights
+
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        folder / "model", distributed_config=DistributedConfig(fsdp_size=2)
+    )
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    weights = open_weights(model)
+    directions = {name: directions_of(name, matrix.shape) for name, matrix in weights.matrices.items()}
+
+    def read(of: Any) -> dict[str, Tensor]:
+        return {name: of.matrices[name].coordinates(along) for name, along in directions.items()}
+
+    def cut() -> list[bool]:
+        return [hasattr(weight, "placements") for name, weight in model.named_parameters() if "lora" not in name]
+
+    seen: dict[str, Any] = {"before": read(weights)}
+    known = {name: matrix._known[2] for name, matrix in weights.matrices.items()}  # type: ignore[attr-defined]
+    weights.add({name: change_of(name, weights.matrices[name].shape) for name in (Q_PROJ, GATE)})  # GATE has no LoRA
+    model(input_ids=INPUTS)
+    seen["cut after a pass"] = all(cut())
+    weights.refresh()
+    seen["cut"] = all(cut())
+    seen["after"], seen["fresh"] = read(weights), read(open_weights(model))
+    seen["kept"] = all(matrix._known[2] is known[name] for name, matrix in weights.matrices.items())  # type: ignore[attr-defined]
+    return seen
+
+
+class _Counts(TrainerCallback):
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps.append(state.global_step)
+
+
+def _watched(folder: Path, backend: str, run: str, watch: Any, resume: str | None = None) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers.distributed import DistributedConfig
+
+    from lox_hf.training.backends import open_weights
+    from robustness.trainable import make_rows, make_tokenizer
+    from training.callback_runs import SETTINGS
+
+    changes: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "ddp_backend": "gloo"}
+    if backend == "zero3":
+        changes["deepspeed"] = _zero_settings(3)
+    else:  # of what is sharded as it is loaded
+        changes["save_only_model"] = True
+    arguments = TrainingArguments(str(folder / run), **{**SETTINGS, **changes})
+    spread = {} if backend == "zero3" else {"distributed_config": DistributedConfig(fsdp_size=2)}
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", **spread)
+    rows: Any = make_rows()
+    collator = DataCollatorForSeq2Seq(make_tokenizer())
+    trainer: Any = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
+    watch.attach(trainer)
+    steps: list[int] = []
+    trainer.add_callback(_Counts(steps))
+    trainer.train(resume_from_checkpoint=resume)
+    kinds = {type(matrix).__name__ for matrix in open_weights(trainer.model).matrices.values()}
+    found = [reading.figures() | {"step": reading.step} for reading in watch.readings]
+    files = sorted(path.name for path in (folder / run).glob("checkpoint-*"))
+    safe = watch.last_safe_checkpoint
+    seen = {"kinds": kinds, "steps done": steps, "step": trainer.state.global_step, "readings": found}
+    return seen | {"files": files, "safe": safe and safe.name}
+
+
 def main() -> None:
     scene, folder = sys.argv[1], Path(sys.argv[2])
-    if not dist.is_initialized() and not scene.startswith("zero"):  # DeepSpeed sets up its own
+    if not dist.is_initialized() and "zero" not in scene:  # DeepSpeed sets up its own
         dist.init_process_group("gloo")
     if scene == "pieces":
         seen = pieces()
     elif scene == "fsdp":
         seen = fsdp(folder)
+    elif scene.startswith("callback"):
+        seen = callback(folder, scene.split()[1])
     else:
         seen = zero(folder, int(scene.removeprefix("zero")))
     torch.save(seen, folder / f"{dist.get_rank()}.pt")

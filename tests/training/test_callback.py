@@ -237,7 +237,7 @@ def test_the_control_a_plain_call_of_log_loses_rows(subspace: SafetySubspace, tm
 def test_a_probe_asks_at_every_reading_and_changes_nothing(subspace: SafetySubspace, tmp_path: Path) -> None:
     probe = SafetyProbe(["what is 1 plus 2 ?"], max_new_tokens=4, refusal="sorry i can not .")
     limit = {"metric": "refusal_perplexity", "above": 1e-3}
-    callback = LoxCallback(subspace, probe=probe, every_n_steps=3, **limit)  # type: ignore[arg-type]
+    callback = LoxCallback(subspace, probe=probe, every_n_steps=3, **limit)
     plain = make_trainer(tmp_path / "plain")
     plain.train()
     trainer = run(tmp_path / "asked", callback)
@@ -410,9 +410,9 @@ def test_reapply_on_lora_is_in_what_the_save_keeps(kind: str, subspace: SafetySu
 def test_reapply_again_after_the_best_model_was_loaded(subspace: SafetySubspace, tmp_path: Path) -> None:
     callback = LoxCallback(subspace, "reapply", every_n_steps=2)
     timing = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "lox/retention", "greater_is_better": True}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     trainer = run(tmp_path, callback, **timing, **best)
-    assert trainer.state.best_global_step == 2, "retention falls in this training"
+    assert trainer.state.best_global_step == 2, "the loss falls in this training"
     assert moments(callback)[-2:] == [(6, "end"), (6, "end")]
     assert callback.readings[-1].drift.retention == pytest.approx(callback.readings[1].drift.retention, abs=1e-6)
     assert read(trainer.model, subspace) == pytest.approx(1, abs=1e-5)
@@ -428,7 +428,7 @@ def test_the_best_model_under_lora_comes_with_its_own_correction(
     below = falling_limit(retentions(plain), 1 if is_corrected else 6)
     callback = LoxCallback(subspace, "reapply", below=below, every_n_steps=1)
     timing = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "lox/retention", "greater_is_better": True}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     trainer = run(tmp_path, callback, **lora, **timing, **best)
     folder = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
     assert folder != tmp_path / "checkpoint-6"

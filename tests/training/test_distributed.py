@@ -16,6 +16,7 @@ from distributed_worker import (
     HEAD,
     INPUTS,
     Q_PROJ,
+    STOP_BELOW,
     coordinates_of,
     directions_of,
 )
@@ -24,6 +25,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lox_hf.training.backends import open_weights
+from lox_hf.training.monitor import read_drift
+from robustness.trainable import make_model
+from training.callback_runs import make_subspace
 
 pytestmark = pytest.mark.distributed
 
@@ -36,7 +40,8 @@ ADDED = 0.5 * torch.eye(3, dtype=torch.float64)
 def launch(scene: str, folder: Path, processes: int) -> list[dict[str, Any]]:
     """Run a scene on several processes; return what each saw."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
+    paths = f"{WORKER.parents[2]}{os.pathsep}{WORKER.parents[1]}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(
         [*command, str(WORKER), scene, str(folder)],
         env=environment,
@@ -193,3 +198,47 @@ def test_zero_2(tmp_path: Path) -> None:
     check_forward(one, tmp_path)
     assert in_place(one, "step 1 edited")
     assert not in_place(one, "step 2")
+
+
+def check_refreshed(seen: dict[str, Any]) -> None:
+    """Matrices of the beginning read like fresh ones after passes and corrections, and read no frozen part again."""
+    assert (seen["cut after a pass"], seen["cut"], seen["kept"]) == (False, True, True)
+    assert all(torch.equal(seen["after"][name], seen["fresh"][name]) for name in seen["fresh"])
+    for name in seen["before"]:
+        added = ADDED if name in (Q_PROJ, GATE) else 0 * ADDED
+        assert (seen["after"][name] - seen["before"][name] - added).abs().max() < RELATIVE
+
+
+@pytest.mark.parametrize(("backend", "kind"), [("fsdp", "ShardedMatrix"), ("zero3", "ZeroMatrix")])
+def test_a_callback_decides_alike_on_every_process(backend: str, kind: str, tmp_path: Path) -> None:
+    subspace = make_subspace()
+    make_model().save_pretrained(tmp_path / "model")
+    subspace.save_pretrained(tmp_path / "subspace")
+    one, other = launch(f"callback {backend}", tmp_path, processes=2)
+    assert same(one, other)
+    log, stop, reapply = one["log"], one["stop"], one["reapply"]
+    fallen = [reading["retention"] for reading in log["readings"]]
+    assert fallen == sorted(fallen, reverse=True) and len(fallen) == 5  # before the first step, and after each
+    assert fallen[0] == pytest.approx(1, abs=1e-5) and fallen[-1] < STOP_BELOW < fallen[1]
+
+    assert log["steps done"] == [0, 1, 2, 3] and log["kinds"] == {kind}
+
+    first = next(step for step, retention in enumerate(fallen) if retention < STOP_BELOW)
+    assert stop["step"] == stop["readings"][-1]["step"] == first < 4
+    assert stop["files"] == [f"checkpoint-{step}" for step in range(1, first + 1)]
+    assert stop["safe"] == f"checkpoint-{first - 1}"
+
+    last = reapply["readings"][-1]
+    assert last["retention"] == pytest.approx(fallen[-1], abs=1e-6) and last["reapplied"] > 0
+    assert last["retention_after"] == pytest.approx(1, abs=1e-5)
+    kept = {run: read_drift(tmp_path / run / "checkpoint-4", subspace).retention for run in ("log", "reapply")}
+    assert kept["reapply"] == pytest.approx(1, abs=1e-5)
+    assert kept["log"] == pytest.approx(fallen[-1], abs=1e-5)  # the control: a checkpoint without a correction
+
+    if backend == "zero3":
+        resumed = one["resumed"]
+        assert resumed["steps done"] == [2, 3]
+        assert [reading["step"] for reading in resumed["readings"]] == [0, 1, 2, 3, 4]
+        assert [reading["retention"] for reading in resumed["readings"]] == pytest.approx(fallen, abs=1e-6)
+    else:
+        check_refreshed(one["lora"])

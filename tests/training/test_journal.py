@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_readings_come_back_as_they_were(journal: Journal) -> None:
     journal.append(reading(8))
     first, second = journal.resume(step=8)
     assert first == full
-    assert math.isnan(second.drift.tensors[1].retention)
+    assert second == replace(reading(8), drift=replace(reading(8).drift, tensors=())), "matrices stay on disk"
 
 
 def test_resume_drops_what_came_after_the_step(journal: Journal, tmp_path: Path) -> None:
@@ -92,7 +93,8 @@ def test_restart_removes_an_older_run_and_nothing_else(journal: Journal, tmp_pat
     assert sorted(item.name for item in folder.iterdir()) == ["readings.jsonl", "start.safetensors", "subspace"]
     (folder / "notes.txt").write_text("mine")
     Journal(tmp_path).restart()
-    assert sorted(item.name for item in folder.iterdir()) == ["notes.txt", "readings.jsonl"]
+    # Directions go when others take their place: they may be the ones that the user passes.
+    assert sorted(item.name for item in folder.iterdir()) == ["notes.txt", "readings.jsonl", "subspace"]
     assert lines(tmp_path) == []
 
 

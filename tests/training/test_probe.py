@@ -374,11 +374,11 @@ PROGRAM = """
 import sys
 import torch
 import torch.distributed as dist
+from training.test_probe import broken, by_parity, probe, short_of_memory
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from lox_hf.errors import LoxError
 from robustness.trainable import make_tokenizer
-from training.test_probe import broken, by_parity, probe
 
 dist.init_process_group("gloo")
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(fsdp_size=2)).train()
@@ -401,27 +401,77 @@ except LoxError as error:
 with torch.no_grad():
     model(input_ids=torch.tensor([[1, 2, 3]]))
 found["control"] = kinds()
+
+def refused(model):
+    try:
+        return probe().read(model, tokenizer).to_json()
+    except LoxError as error:
+        return str(error)
+
+whole = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+if dist.get_rank() == 1:
+    short_of_memory(whole)
+found["memory of one"] = refused(whole)
+if dist.get_rank() == 1 or len(sys.argv) == 2:
+    short_of_memory(model)
+if len(sys.argv) == 2:
+    found["memory of all"] = refused(model)
+else:
+    probe().read(model, tokenizer)
 torch.save(found, f"{sys.argv[1]}/{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.distributed
-def test_fsdp2_reads_as_one_process_does(tmp_path: Path) -> None:
-    model, tokenizer = make_model(), make_tokenizer()
-    model.save_pretrained(tmp_path)
-    (tmp_path / "program.py").write_text(PROGRAM)
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the program on two processes, with a model that is whole in the folder."""
+    make_model().save_pretrained(folder)
+    (folder / "program.py").write_text(PROGRAM)
     tests = Path(__file__).parents[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "program.py"), str(tmp_path)],
+    return subprocess.run(
+        [*command, str(folder / "program.py"), str(folder), *arguments],
         env=environment,
         capture_output=True,
         text=True,
         timeout=180,
         check=False,
     )
+
+
+def short_of_memory(model: Any, most: int = 3) -> None:
+    """Let the memory run out in the middle of passes over more than a few prompts."""
+
+    def check(_: Any, arguments: Any) -> None:
+        if len(arguments[0]) > most:
+            raise torch.OutOfMemoryError("out of memory")
+
+    model.model.layers[1].register_forward_pre_hook(check)
+
+
+def test_one_process_halves_what_does_not_fit() -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    expected = probe().read(model, tokenizer)
+    short_of_memory(model)
+    found = probe().read(model, tokenizer)
+    assert (found.asr, found.over_refusal) == (expected.asr, expected.over_refusal)
+    assert found.refusal_perplexity == pytest.approx(expected.refusal_perplexity, rel=1e-5)
+    with pytest.raises(RuntimeError, match="out of memory"):  # control: eight at once do not fit
+        model(input_ids=torch.ones(8, 3, dtype=torch.long))
+
+
+@pytest.mark.distributed
+def test_a_process_that_waits_for_passes_of_another_is_not_left_waiting(tmp_path: Path) -> None:
+    done = launch(tmp_path, "one alone")
+    assert done.returncode != 0
+    assert "LoxError: A process of this training has run out of memory" in done.stderr
+
+
+@pytest.mark.distributed
+def test_fsdp2_reads_as_one_process_does(tmp_path: Path) -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    done = launch(tmp_path)
     assert done.returncode == 0, done.stderr[-6000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     expected, found = probe().read(model, tokenizer), ProbeReading.from_json(first["reading"])
@@ -432,3 +482,5 @@ def test_fsdp2_reads_as_one_process_does(tmp_path: Path) -> None:
     assert first["error"] == second["error"] and "no power" in first["error"]  # and all hear that it fails
     assert first["before"] == first["after"] == ["DTensor"]
     assert "Parameter" in first["control"]  # control: a forward pass by itself leaves gathered weights behind
+    memory = {seen[key] for seen in (first, second) for key in ("memory of one", "memory of all")}
+    assert len(memory) == 1 and "smaller batch_size" in memory.pop()

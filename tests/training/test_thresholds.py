@@ -53,7 +53,9 @@ def test_every_figure_can_be_watched_and_one_that_was_not_measured_is_not_crosse
         (2, [0.5, 0.5], True),
         (2, [0.5, 0.7, 0.5], False),
         (2, [0.7, 0.5, 0.5, 0.5], True),
-        (2, [0.5, math.nan, 0.5], False),
+        (2, [0.5, math.nan, 0.5], True),
+        (2, [0.7, math.nan, 0.5], False),
+        (1, [0.5, math.nan], False),
         (1, [], False),
     ],
 )

@@ -14,9 +14,10 @@ from lox_hf.errors import ConfigError, LoxError, PromptError, UnsupportedModelEr
 from lox_hf.evaluation.models.batch_size import is_out_of_memory
 from lox_hf.evaluation.models.checks import check_model, check_vocabulary, context_length, model_name
 from lox_hf.evaluation.models.loading import quiet_import, quiet_transformers
+from lox_hf.evaluation.models.random_states import random_states_kept
 from lox_hf.lora import is_peft_model
 from lox_hf.robustness.attacks.rows import TokenRow
-from lox_hf.robustness.finetuning.traces import left_plain, plain_forward, random_states_kept
+from lox_hf.robustness.finetuning.traces import left_plain, plain_forward
 from lox_hf.robustness.finetuning.trainer_settings import lora_config, one_line, training_config
 
 if TYPE_CHECKING:

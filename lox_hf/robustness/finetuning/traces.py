@@ -1,12 +1,9 @@
-"""What a trainer leaves behind in a model and in the process, and how it is taken away again."""
+"""What a trainer leaves behind in a model, and how it is taken away again."""
 
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -69,20 +66,6 @@ def plain_forward(wrapped: nn.Module, model: nn.Module, forward: Any) -> Iterato
             attributes.pop("forward", None)
             if theirs is not None:
                 attributes["forward"] = theirs
-
-
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Give Python, NumPy and torch, on every device, their global random states back afterwards."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    devices = range(torch.accelerator.device_count()) if accelerator else ()
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices, device_type=accelerator.type if accelerator else "cuda"):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def _hooks(attributes: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:

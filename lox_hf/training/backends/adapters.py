@@ -3,16 +3,16 @@
 Trainers save the adapters alone, so what is added to a base weight would be lost: see `correction_adapter`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lox_hf.core.lowrank import LowRank
-from lox_hf.errors import UnsupportedModelError, listing
+from lox_hf.errors import LoxError, UnsupportedModelError, listing
 from lox_hf.lora import check_plain_lora
-from lox_hf.training.backends.correction_adapter import add_correction
+from lox_hf.training.backends.correction_adapter import CORRECTION, FixedFactor, add_correction, check_correction
 from lox_hf.training.backends.live import LiveWeights, live_matrix, plain_matrices, spread_matrices
 from lox_hf.training.backends.matrix import LiveMatrix
 from lox_hf.training.backends.quantised import quantised_matrices
@@ -35,8 +35,24 @@ class AdaptedWeights(LiveWeights):
     """
 
     def __init__(self, model: "PeftModel", matrices: Mapping[str, LiveMatrix]) -> None:
-        super().__init__(type(model).__name__, matrices)
+        super().__init__(model, matrices)
         self.model = model
+
+    def check_add(self, names: Iterable[str]) -> None:
+        """Raise now what would keep `add` from changing these matrices later, at the end of a training.
+
+        Args:
+            names: Matrix names.
+
+        Raises:
+            UnsupportedModelError: If a matrix can carry no LoRA (embeddings, fused experts), or TRL's DPO switches
+                between adapters by name; the first is told of all matrices at once.
+            LoxError: If there is an adapter "lox" that is not a correction: LoX itself, or one that is trained.
+        """
+        modules = self._corrected(names)
+        _check_name_is_free(self.model)
+        nothing = torch.empty(0)
+        check_correction(self.model, {}, dict.fromkeys(modules.values(), (nothing, nothing)))
 
     def add(self, changes: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add left @ right to matrices, in the adapter "lox"; copies of `modules_to_save` are changed in place.
@@ -48,18 +64,29 @@ class AdaptedWeights(LiveWeights):
             UnsupportedModelError: If a matrix can carry no LoRA (embeddings, fused experts); nothing is changed.
             LoxError: If there is an adapter "lox" that does not fit; nothing is changed.
         """
-        wrong = [name for name in changes if not isinstance(self.matrices[name], AdaptedMatrix | CopiedMatrix)]
+        modules = self._corrected(changes)
+        add_correction(self.model, {module: changes[name] for name, module in modules.items()})
+        for name, change in changes.items():
+            if name not in modules:
+                self.matrices[name].add(*change)
+
+    def _corrected(self, names: Iterable[str]) -> dict[str, str]:
+        """The modules that take corrections in the adapter "lox", by matrix name; the others are copies.
+
+        Returns:
+            Names of modules in the base model.
+
+        Raises:
+            UnsupportedModelError: If a matrix is neither.
+        """
+        found = {name: self.matrices[name] for name in names}
+        wrong = [name for name, matrix in found.items() if not isinstance(matrix, AdaptedMatrix | CopiedMatrix)]
         if wrong:
             raise UnsupportedModelError(
                 f"{len(wrong)} matrices of {self.label} can carry no LoRA, and a change of a base weight is lost when "
                 f"adapters are saved: {listing(wrong, 8)} Leave them out of the subspace with exclude_modules."
             )
-        found = {name: self.matrices[name] for name in changes}
-        adapted = {m.module: changes[name] for name, m in found.items() if isinstance(m, AdaptedMatrix)}
-        add_correction(self.model, adapted)
-        for name, matrix in found.items():
-            if isinstance(matrix, CopiedMatrix):
-                matrix.add(*changes[name])
+        return {name: matrix.module for name, matrix in found.items() if isinstance(matrix, AdaptedMatrix)}
 
 
 class AdaptedMatrix:
@@ -101,7 +128,16 @@ class AdaptedMatrix:
         return found
 
     def add(self, left: Tensor, right: Tensor) -> None:
-        """Add left @ right to the adapter "lox"."""
+        """Add left @ right to the adapter "lox".
+
+        Args:
+            left: (m, k).
+            right: (k, n), the same at every call.
+
+        Raises:
+            UnsupportedModelError: If the module can carry no LoRA, or TRL's DPO switches between adapters by name.
+            LoxError: If there is an adapter "lox" that is trained, or that holds other directions.
+        """
         add_correction(self.model, {self.module: (left, right)})
 
     def _layer(self) -> Any:
@@ -116,7 +152,14 @@ class AdaptedMatrix:
         return self._known[2]
 
     def _products(self) -> Iterator[Product]:
-        """What PEFT's forward pass adds to the base layer now."""
+        """What PEFT's forward pass adds to the base layer now.
+
+        Yields:
+            Each active adapter's product.
+
+        Raises:
+            UnsupportedModelError: If an adapter is a variant of LoRA.
+        """
         layer = self._layer()
         if not hasattr(layer, "lora_A") or layer.disable_adapters or layer.merged:
             return
@@ -212,6 +255,18 @@ def base_parameters(base: nn.Module) -> dict[str, Tensor]:
         for name, parameter in base.named_parameters()
         if id(parameter) not in added
     }
+
+
+def _check_name_is_free(model: "PeftModel") -> None:
+    """Refuse an adapter "lox" that no correction has made; a Trainer's resumed one is made fixed before this."""
+    factors = [getattr(module, "lora_A", {}) for module in model.get_base_model().modules()]
+    held = [held[CORRECTION] for held in factors if CORRECTION in held]
+    if CORRECTION in model.peft_config and not (held and all(isinstance(factor, FixedFactor) for factor in held)):
+        raise LoxError(
+            f"This model has an adapter '{CORRECTION}' that LoxCallback has not made, but the name is kept for its "
+            "corrections. If get_lox_model made it, put it into the base before training, with merge_and_unload(), or "
+            "make it with another adapter_name. If you train it, give it another name."
+        )
 
 
 def _views(base: nn.Module, parameters: Mapping[str, Tensor], quantised: bool) -> dict[str, Tensor]:

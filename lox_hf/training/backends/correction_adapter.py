@@ -65,7 +65,7 @@ def add_correction(model: "PeftModel", changes: Mapping[str, tuple[Tensor, Tenso
     if not changes:
         return
     held = _held(model)
-    _check(model, held, changes)
+    check_correction(model, held, changes)
     fresh = {name: (torch.zeros_like(left), right) for name, (left, right) in changes.items() if name not in held}
     if fresh:
         held |= _install(model, held | fresh)
@@ -170,8 +170,18 @@ def _same_trainable(model: nn.Module) -> Iterator[None]:
         parameter.requires_grad_(before.get(id(parameter), False))
 
 
-def _check(model: "PeftModel", held: Factors, changes: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Raise before anything is changed."""
+def check_correction(model: "PeftModel", held: Factors, changes: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Raise what keeps `add_correction` from adding these, before anything is changed.
+
+    Args:
+        model: The PeftModel.
+        held: What the adapter holds now, by module name.
+        changes: What is to be added.
+
+    Raises:
+        UnsupportedModelError: If a module can carry no LoRA, or TRL's DPO switches between adapters by name.
+        LoxError: If the adapter "lox" is trained, or holds other directions.
+    """
     from transformers.pytorch_utils import Conv1D
 
     _check_not_trained(model)

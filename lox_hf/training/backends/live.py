@@ -1,7 +1,7 @@
 """`open_weights`: the matrices of a model in training by checkpoint name, whatever holds them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,14 +23,18 @@ _STACKED = re.compile(r"\[\d+\]$")
 class LiveWeights:
     """The matrices of one model, and a `WeightSource` over them for readings that need a base.
 
+    Args:
+        model: The model.
+        matrices: Its matrices.
+
     Attributes:
         label: How messages call the model.
         matrices: By matrix name: a tensor's checkpoint name, `name[i]` in a stack.
         collective: Whether any of them is spread over processes.
     """
 
-    def __init__(self, label: str, matrices: Mapping[str, LiveMatrix]) -> None:
-        self.label, self.matrices = label, matrices
+    def __init__(self, model: nn.Module, matrices: Mapping[str, LiveMatrix]) -> None:
+        self._model, self.label, self.matrices = model, type(model).__name__, matrices
         self.collective = any(matrix.collective for matrix in matrices.values())
         self._tensors: dict[str, list[str]] = {}
         for name in matrices:
@@ -51,6 +55,22 @@ class LiveWeights:
 
     def release(self, name: str) -> None:
         """Do nothing: the weights are the model's."""
+
+    def refresh(self) -> None:
+        """Make ready for a reading or a change after forward passes, and keep the matrices with all that they know.
+
+        FSDP 2 leaves weights whole after some passes, and what is written meanwhile is lost: they are cut again. For
+        other models there is nothing to do. It holds as long as the model has the same weights in the same modules;
+        corrections under LoRA may come and go. Every process calls this.
+        """
+        reshard(self._model)
+
+    def check_add(self, names: Iterable[str]) -> None:
+        """Raise now what would keep `add` from changing these matrices later; here nothing does.
+
+        Args:
+            names: Matrix names.
+        """
 
     def add(self, changes: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add left @ right to matrices in place, so that the next optimiser step and every save keep it.
@@ -86,18 +106,34 @@ def open_weights(model: nn.Module) -> LiveWeights:
         ['0.weight']
     """
     model = getattr(model, "_orig_mod", model)  # compiled or not, the weights are those of the module inside
-    _reshard(model)
+    reshard(model)
     if is_peft_model(model):
         from lox_hf.training.backends.adapters import open_adapted
 
         return open_adapted(cast("Any", model))
     spread = spread_matrices(model, dict(model.named_parameters()))
-    return LiveWeights(type(model).__name__, spread or plain_matrices(live_tensors(model)))
+    return LiveWeights(model, spread or plain_matrices(live_tensors(model)))
 
 
 def is_plain(model: nn.Module) -> bool:
     """Whether a model has no adapters and is in this process as a whole."""
     return not is_peft_model(model) and not any(map(_is_spread, model.parameters()))
+
+
+def has_pieces(model: nn.Module) -> bool:
+    """Whether the processes hold pieces of weights, so that each forward pass is one of all of them together."""
+    return any(is_sharded(weight) or hasattr(weight, "ds_id") for weight in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Put FSDP 2's pieces in place; it leaves some weights whole after a forward pass without a backward pass.
+
+    Args:
+        model: Any model; nothing is done to others.
+    """
+    for module in model.modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            cast("Any", module).reshard()
 
 
 def live_matrix(weight: Tensor) -> LiveMatrix:
@@ -170,13 +206,6 @@ def spread_matrices(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[
 
 def _is_spread(tensor: Tensor) -> bool:
     return is_sharded(tensor) or is_zero(tensor)
-
-
-def _reshard(model: nn.Module) -> None:
-    """Put FSDP2's pieces in place: evaluation leaves some weights whole, and what is written to those is lost."""
-    for module in model.modules():
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            cast("Any", module).reshard()
 
 
 def _check_not_flat(model: nn.Module) -> None:
