@@ -99,7 +99,7 @@ def _split(value: str | list[str]) -> list[str]:
 
 
 MISTAKES: dict[str, tuple[Changes, str]] = {
-    "no attack": ({"attacks": None}, "needs --attacks; lox-hf stress --help"),
+    "no attack": ({"attacks": None}, "needs --attacks: .* lox-hf stress --help"),
     "neither attack nor base": ({"attacks": None, "base-model": None}, "needs --base-model and --attacks"),
     "unknown attack": ({"attacks": "gsm8"}, "no attack 'gsm8'; .* Did you mean 'gsm8k'?"),
     "attack by file alone": ({"attacks": "attack.jsonl"}, "pass 'custom:attack.jsonl'"),

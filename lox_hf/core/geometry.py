@@ -67,8 +67,9 @@ def coordinates(weight: Tensor, directions: LowRank) -> Tensor:
     within = _zeros((directions.rank, weight.shape[1]), weight.device)
     for part in tile_slices(*weight.shape):
         rows = weight[part]
-        tile = scratch("delta", rows.shape, torch.float32, rows.device).copy_(rows)
-        within += (left[part].T @ tile).to(within.device)
+        if rows.dtype != torch.float32:
+            rows = scratch("delta", rows.shape, torch.float32, rows.device).copy_(rows)
+        within += (left[part].T @ rows).to(within.device)
     found = (within @ directions.Vh.to(within.device).double().T).cpu()
     if not torch.isfinite(found).all():
         raise NumericsError("W contains NaN or Inf")
