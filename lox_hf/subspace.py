@@ -170,6 +170,10 @@ class SafetySubspace:
         """
         files = [CONFIG_NAME, SUBSPACE_NAME, REPORT_NAME]  # at once, so that all are of one commit
         folder = resolve(pretrained_name_or_path, revision=revision, token=token, files=files).folder
+        if not (folder / SUBSPACE_NAME).is_file() and Path(pretrained_name_or_path).is_dir():
+            raise CheckpointError(
+                f"'{pretrained_name_or_path}' holds no subspace, no {SUBSPACE_NAME}: `lox-hf subspace` makes one."
+            )
         config = LoxConfig.from_pretrained(folder)
         path, report_path = (fetch_file(folder, name) for name in (SUBSPACE_NAME, REPORT_NAME))
         try:

@@ -145,7 +145,7 @@ def test_what_the_caveat_says_is_so(here: Path, run: Run) -> None:
     [
         ("", "No model is named"),
         ("tuned", "--aligned-model"),
-        ("tuned --aligned-model aligned --subspace saved", "not both"),
+        ("tuned --aligned-model aligned --subspace saved", "both are given"),
         ("tuned --subspace saved --r 3 --base-revision main", "--r, --base-revision would do nothing"),
         ("tuned --subspace nowhere", "nowhere"),
         ("tuned --subspace saved --base-model nowhere", "nowhere"),

@@ -95,9 +95,10 @@ def _check(options: argparse.Namespace) -> None:
     if options.output:
         raise ConfigError("lox-hf drift writes nothing: leave --output out, and redirect what --json prints.")
     if bool(options.subspace) == bool(options.aligned_model):
+        given = "both are given" if options.subspace else "neither is given"
         raise ConfigError(
             "The directions come from one place: name the aligned model with --aligned-model, or directions that "
-            "lox-hf subspace saved with --subspace, and not both."
+            f"lox-hf subspace saved with --subspace; {given}."
         )
     idle = [flag for flag, name in OF_THE_SUBSPACE.items() if options.subspace and getattr(options, name) is not None]
     if idle:

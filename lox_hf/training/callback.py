@@ -129,7 +129,12 @@ class LoxCallback(TrainerCallback):
 
         Returns:
             This callback.
+
+        Raises:
+            ConfigError: If this is no trainer.
         """
+        if not hasattr(trainer, "callback_handler"):
+            raise ConfigError(f"attach takes a transformers or TRL trainer, got {type(trainer).__name__}.")
         self._reporter.trainer = trainer
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
@@ -201,7 +206,7 @@ class LoxCallback(TrainerCallback):
             activate_correction(model)
         subspace = self._directions(model, journal, is_resumed)
         watch = Watch(model, DriftMonitor(model, subspace, self.base_model, token=self.token), tokenizer, self.probe)
-        watch.check()
+        watch.check(self.threshold.metric)
         start = self._start(watch.monitor, journal, is_resumed)
         watch.targets = targets(subspace, self.strength, start)
         if self.action == "reapply":  # now, and not when hours of training have gone by

@@ -55,8 +55,8 @@ def _action_problems(action: Any, threshold: Threshold, strength: Any) -> Iterat
         yield f"action is {action!r}, expected one of {', '.join(ACTIONS)}"
     if action == "stop" and not threshold.is_set:
         yield "action 'stop' needs a threshold: pass below or above"
-    if strength is not None and not is_finite(strength):
-        yield f"strength is {strength!r}, expected a finite number"
+    if strength is not None and not (is_finite(strength) and strength > 0):
+        yield f"strength is {strength!r}, expected a positive number: less takes alignment away"
     if strength is not None and action != "reapply":
         yield "strength is for action 'reapply'"
     if threshold.patience != 1 and not threshold.is_set:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lox_hf.errors import ConfigError
 from lox_hf.records import TrainingReading
 from lox_hf.training.correction import reapply
 from lox_hf.training.monitor import DriftMonitor
@@ -34,10 +35,24 @@ class Watch:
         self.model, self.monitor, self.tokenizer, self.probe = model, monitor, tokenizer, probe
         self.targets: Mapping[str, Tensor] = {}
 
-    def check(self) -> None:
-        """Raise what a probe would meet at its first reading, before the first step."""
-        if self.probe is not None:
-            self.probe.check(self.model, self.tokenizer)
+    def check(self, metric: str) -> None:
+        """Raise what a probe would meet at its first reading, before the first step.
+
+        Args:
+            metric: The figure that is watched.
+
+        Raises:
+            ConfigError: If the probe's prompts do not measure it, or the probe cannot be used.
+            PromptError: If its prompts cannot be had.
+        """
+        if self.probe is None:
+            return
+        asked = {prompt.harmful for prompt in self.probe.asked}
+        needed = {"asr": True, "refusal_perplexity": True, "over_refusal": False}.get(metric)
+        if needed is not None and needed not in asked:
+            kind = "harmful" if needed else "harmless"
+            raise ConfigError(f"'{metric}' is measured on {kind} prompts, and the probe has none: add some.")
+        self.probe.check(self.model, self.tokenizer)
 
     def read(self, state: "TrainerState", moment: str) -> TrainingReading:
         """Read the model as it is now; nothing is changed.

@@ -181,6 +181,11 @@ def shard_names(folder: Path, label: str) -> list[str]:
                 f"The index of {label} names files that are not in {folder}: {listing(outside + missing)}"
             )
         return names
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{label} is a PEFT adapter; a full checkpoint is needed here. Load it with its base model, and save what "
+            "merge_and_unload() returns."
+        )
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -188,8 +193,6 @@ def shard_names(folder: Path, label: str) -> list[str]:
             "once: load it with AutoModelForCausalLM.from_pretrained and save it with save_pretrained, which writes "
             "safetensors."
         )
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(f"{label} is a PEFT adapter; a full checkpoint is needed here.")
     raise CheckpointError(f"{label} has no {WEIGHTS_NAME} and no {INDEX_NAME} in {folder}.")
 
 

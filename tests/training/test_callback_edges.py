@@ -5,9 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 from transformers import TrainerCallback
 
-from lox_hf import CheckpointError, LoxCallback, LoxConfig, SafetyProbe, SafetySubspace, read_drift
+from lox_hf import (
+    CheckpointError,
+    ConfigError,
+    LoxCallback,
+    LoxConfig,
+    Prompt,
+    SafetyProbe,
+    SafetySubspace,
+    read_drift,
+)
 from training.callback_runs import lines, make_base, make_subspace, make_trainer, retentions, run
 
 EVERY_TWO = {"save_strategy": "steps", "save_steps": 2}
@@ -74,9 +84,36 @@ def test_a_judge_that_fails_does_not_end_a_training_that_looks_for_its_best(
     assert trainer.state.global_step == 6 and trainer.state.best_metric == 1.0
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_probe_under_mixed_precision(lora: bool, subspace: SafetySubspace, tmp_path: Path) -> None:
+    """TRL trains in bfloat16 unless it is told not to: weights of float32, products under autocast."""
+    callback = LoxCallback(subspace, every_n_steps=2, probe=probe(FailingJudge(fails_at=99)))
+    adapters = {"with_peft_config": LoraConfig(r=2, task_type="CAUSAL_LM")} if lora else {}
+    trainer = run(tmp_path, callback, bf16=True, **adapters)
+    assert trainer.state.global_step == 6
+    assert all("refusal_perplexity" in reading.figures() for reading in callback.readings)
+
+
+@pytest.mark.parametrize(
+    ("metric", "prompts", "kind"),
+    [("asr", [Prompt("a", harmful=False)], "harmful"), ("over_refusal", ["a"], "harmless")],
+)
+def test_a_probe_that_cannot_measure_the_metric_is_refused(
+    metric: str, prompts: list[Any], kind: str, subspace: SafetySubspace, tmp_path: Path
+) -> None:
+    callback = LoxCallback(subspace, "stop", metric=metric, above=0.1, probe=SafetyProbe(prompts, template="none"))
+    with pytest.raises(ConfigError, match=f"'{metric}' is measured on {kind} prompts"):
+        run(tmp_path, callback)
+
+
+def test_attach_takes_a_trainer(subspace: SafetySubspace) -> None:
+    with pytest.raises(ConfigError, match="takes a transformers or TRL trainer, got LlamaForCausalLM"):
+        LoxCallback(subspace).attach(make_base())
+
+
 def test_a_checkpoint_that_was_not_measured_is_not_called_safe(subspace: SafetySubspace, tmp_path: Path) -> None:
     judge = FailingJudge(fails_at=4)
-    callback = LoxCallback(subspace, "stop", metric="asr", above=1.5, every_n_steps=1, probe=probe(judge))
+    callback = LoxCallback(subspace, "stop", metric="asr", above=1.0, every_n_steps=1, probe=probe(judge))
     with pytest.warns(UserWarning, match="endpoint is down"):
         run(tmp_path, callback, callbacks=[judge], **EVERY_TWO, max_steps=4)
     assert "asr" not in callback.readings[-1].figures()

@@ -75,7 +75,9 @@ def _static_cache(model: Any, length: int) -> "StaticCache | None":
     """A cache allocated once, on the CPU, where growing one costs several times what attention does; else None."""
     # Linear biases (Falcon) are made from a mask of another shape than a static cache brings with it.
     able = getattr(model, "_can_compile_fullgraph", False) and not getattr(model.config, "alibi", False)
-    if model.device.type != "cpu" or not able or learns_prompts(model):
+    # A trainer with bf16 has accelerate run the forward pass under autocast: keys are of another dtype than the model.
+    mixed = any(hasattr(module, "_original_forward") for module in (model, getattr(model, "base_model", None)))
+    if model.device.type != "cpu" or not able or mixed or learns_prompts(model):
         return None
     from transformers import StaticCache
     from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
