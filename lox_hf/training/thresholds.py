@@ -86,8 +86,8 @@ class Threshold:
             value = getattr(self, name)
             if value is not None and not is_finite(value):
                 found.append(f"{name} is {value!r}, expected a finite number")
-            elif value is not None and self.metric in SHARES and not 0 <= value <= 1:
-                found.append(f"{name} is {value!r}, and {self.metric} is a share between 0 and 1: 10 % is 0.1")
+            elif value is not None and self.metric in SHARES and value > 1:
+                found.append(f"{name} is {value!r}, and {self.metric} is a share, at most 1: 10 % is 0.1")
         if not is_count(self.patience):
             found.append(f"patience is {self.patience!r}, expected a positive integer")
         return found

@@ -84,6 +84,8 @@ def test_all_problems_with_arguments_are_said_at_once() -> None:
         ({"patience": 2}, "patience needs a threshold"),
         ({"strength": 1.0}, "strength is for action 'reapply'"),
         ({"strength": float("nan"), "action": "reapply"}, "strength is nan"),
+        ({"strength": -1.0, "action": "reapply"}, "expected a positive number"),
+        ({"metric": "asr", "above": 10, "probe": SafetyProbe(["a"])}, "asr is a share, at most 1: 10 % is 0.1"),
         ({"every_n_steps": 2.5}, "every_n_steps is 2.5"),
         ({"probe": "prompts.jsonl"}, "probe is a SafetyProbe, got str"),
         ({"subspace": 3}, "subspace is a SafetySubspace"),
