@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +197,27 @@ def check_carries_lora(model: nn.Module, plans: list[TensorPlan]) -> dict[str, s
     return modules
 
 
+def scaling_one(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Return settings of a LoraConfig under which B A is added as it is: lora_alpha equals the rank everywhere.
+
+    Args:
+        ranks: Rank by module name.
+
+    Returns:
+        Ranks, alphas and modules, and that the adapter is not trained.
+    """
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    others = {name: rank for name, rank in ranks.items() if rank != r}
+    return {
+        "r": r,
+        "lora_alpha": r,
+        "target_modules": sorted(ranks),
+        "rank_pattern": others,
+        "alpha_pattern": dict(others),
+        "inference_mode": True,
+    }
+
+
 def _wrap(model: nn.Module, subspace: SafetySubspace, plans: list[TensorPlan], adapter_name: str) -> "PeftModel":
     modules = check_carries_lora(model, plans)
     alphas = {plan.name: plan.alpha for plan in plans}
@@ -220,20 +242,12 @@ def _wrap(model: nn.Module, subspace: SafetySubspace, plans: list[TensorPlan], a
 
 
 def _lora_config(model: nn.Module, factors: Factors) -> "LoraConfig":
-    """A LoraConfig with scaling 1 everywhere, as lora_alpha equals the rank."""
     from transformers.pytorch_utils import Conv1D
 
     ranks = {name: a.shape[0] for name, (_, a) in factors.items()}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    others = {name: rank for name, rank in ranks.items() if rank != r}
     return _import_peft().LoraConfig(
-        r=r,
-        lora_alpha=r,
-        target_modules=sorted(ranks),
-        rank_pattern=others,
-        alpha_pattern=dict(others),
+        **scaling_one(ranks),
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in ranks),
-        inference_mode=True,
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
     )
 

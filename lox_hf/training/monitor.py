@@ -151,12 +151,14 @@ class DriftMonitor:
         base = _open_base(base_model, subspace, token, like=model)
         selected = selected_tensors(self.weights, model, target_modules, trust_remote_code=False)
         check_fit(self.weights, base, subspace, selected)
-        held = held_tensors(self.weights, subspace, selected)
-        infos = self.weights.infos()
         self._reader = _Reader(self.weights, base, subspace) if base is not None else None
-        self._tensors = held
+        self._tensors = held_tensors(self.weights, subspace, selected)
+        infos = self.weights.infos()
         self._matrices = [
-            matrix for name in held for matrix in matrix_names(name, infos[name].shape) if matrix in subspace.factors
+            matrix
+            for name in self._tensors
+            for matrix in matrix_names(name, infos[name].shape)
+            if matrix in subspace.factors
         ]
 
     def read(self) -> DriftReading:
@@ -171,7 +173,7 @@ class DriftMonitor:
         self.weights.refresh()
         if self._reader is not None:
             return _summarise([item for name in self._tensors for item in self._reader.read(name)])
-        return _summarise([self._read_matrix(name) for name in self._matrices])
+        return self._read_without_base()
 
     def retention(self) -> float:
         """Read retention alone, for which no base is read.
@@ -183,7 +185,10 @@ class DriftMonitor:
             NumericsError: If a matrix contains NaN or Inf; it is named.
         """
         self.weights.refresh()
-        return _summarise([self._read_matrix(name) for name in self._matrices]).retention
+        return self._read_without_base().retention
+
+    def _read_without_base(self) -> DriftReading:
+        return _summarise([self._read_matrix(name) for name in self._matrices])
 
     def _read_matrix(self, name: str) -> "_Matrix":
         with naming(name):

@@ -7,7 +7,6 @@ and merging treat them as they treat parameters, and nothing can train them.
 """
 
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lox_hf.adapter import scaling_one
 from lox_hf.errors import LoxError, UnsupportedModelError, listing
 
 if TYPE_CHECKING:
@@ -141,20 +141,11 @@ def _install(model: "PeftModel", factors: Factors) -> Factors:
 
 
 def _config(model: "PeftModel", factors: Factors) -> "LoraConfig":
-    """A LoraConfig with scaling 1 everywhere, as lora_alpha equals the rank."""
     from peft import LoraConfig
 
     first = model.peft_config[model.active_adapters[0]]
-    ranks = {name: len(right) for name, (_, right) in factors.items()}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    others = {name: rank for name, rank in ranks.items() if rank != r}
     return LoraConfig(
-        r=r,
-        lora_alpha=r,
-        target_modules=sorted(ranks),
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        inference_mode=True,
+        **scaling_one({name: len(right) for name, (_, right) in factors.items()}),
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,
         revision=first.revision,
