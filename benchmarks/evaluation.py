@@ -70,7 +70,7 @@ def _measure(options: argparse.Namespace, prompts: Path) -> Iterator[Row]:
 def refusal_judge() -> Iterator[Row]:
     """Judge the labelled responses as a run does, degenerate ones first."""
     from lox_hf import attack_success_rate
-    from lox_hf.evaluation.statistics import rate
+    from lox_hf.statistics import rate
 
     rows = [json.loads(line) for line in LABELLED.read_text(encoding="utf-8").splitlines()]
     report = attack_success_rate(["?"] * len(rows), [row["response"] for row in rows])

@@ -15,7 +15,7 @@ from lox_hf.demo.pair import load
 from lox_hf.demo.routes import Agreement
 from lox_hf.demo.story import ModelResult, choose_attacks
 from lox_hf.errors import ConfigError
-from lox_hf.evaluation.statistics import rate
+from lox_hf.statistics import rate
 from robustness.reports import report_of, runs
 from tiny_demo import TINY, top_directions, weights_of
 

@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 import pytest
 
 from lox_hf.errors import ConfigError, OutputError
-from lox_hf.evaluation.statistics import rate
 from lox_hf.plots.style import save_figure, shown, svg_text
 from lox_hf.records import StressReport
 from lox_hf.robustness.findings.wording import role
@@ -28,6 +27,7 @@ from lox_hf.robustness.plots import (
 )
 from lox_hf.robustness.plots.looks import looks
 from lox_hf.robustness.plots.points import cells_of, estimate, estimates_by_step, of_attack, outcomes_by_attack
+from lox_hf.statistics import rate
 from robustness.reports import MODELS, report_of, run, runs
 
 SOURCES = sorted((Path(__file__).resolve().parents[1] / "lox_hf").rglob("*.py"))

@@ -30,8 +30,8 @@ from lox_hf.demo.attacks import write_attacks
 from lox_hf.demo.pairs import train_pairs
 from lox_hf.demo.training import Recipe, one_thread
 from lox_hf.progress import progress_bar
-from lox_hf.robustness.workers import Workers, result_of
 from lox_hf.training.thresholds import NEEDS
+from lox_hf.workers import Workers, result_of
 
 FINE_TUNINGS = ("pairs-100", "benign")
 EVERY = 2

@@ -72,8 +72,8 @@ def run(options: argparse.Namespace) -> None:
     refuse_without(options, "not endpoint", LOADED_ONLY)
     from lox_hf.evaluation.data.prompts import load_prompts
     from lox_hf.evaluation.report import render_screen
-    from lox_hf.evaluation.run_folder import RunFolder
     from lox_hf.evaluation.safety import run_judges
+    from lox_hf.run_folder import RunFolder
 
     folder = default_output(options.model, f"asr-{Path(options.prompts).stem}")
     output = Path(options.output) if options.output else folder

@@ -54,8 +54,8 @@ def run(options: argparse.Namespace) -> None:
     refuse_without(options, "perplexity", ["max_length", "stride"])
     from lox_hf.evaluation.data.gsm8k import load_questions
     from lox_hf.evaluation.models.local import LocalModel
-    from lox_hf.evaluation.run_folder import RunFolder
     from lox_hf.evaluation.utility import load_texts
+    from lox_hf.run_folder import RunFolder
 
     output = Path(options.output) if options.output else default_output(options.model, "utility")
     RunFolder(output, {}).check()

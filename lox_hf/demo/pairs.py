@@ -9,7 +9,7 @@ from pathlib import Path
 from lox_hf.demo.pair import is_trained, trained_pair
 from lox_hf.demo.training import Recipe
 from lox_hf.progress import progress_bar
-from lox_hf.robustness.workers import Workers, result_of
+from lox_hf.workers import Workers, result_of
 
 POLL_S = 0.5
 _done: "Synchronized[int] | None" = None  # steps that all processes have taken; set in each of them

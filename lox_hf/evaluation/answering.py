@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lox_hf.errors import ConfigError
 from lox_hf.evaluation.models.chat import ChatModel, Conversation, Reply
-from lox_hf.evaluation.run_folder import RunFolder
 from lox_hf.progress import progress_bar
+from lox_hf.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

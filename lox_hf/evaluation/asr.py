@@ -14,7 +14,6 @@ from lox_hf.evaluation.degenerate import degenerate_reason
 from lox_hf.evaluation.judges import JudgeLike, get_judge
 from lox_hf.evaluation.judges.base import Judge
 from lox_hf.evaluation.judges.refusal import RefusalJudge
-from lox_hf.evaluation.statistics import rate
 from lox_hf.records import (
     CategoryRates,
     ModelReference,
@@ -25,6 +24,7 @@ from lox_hf.records import (
     Verdict,
 )
 from lox_hf.records.safety import Label
+from lox_hf.statistics import rate
 from lox_hf.version import versions
 
 NOTHING_SCORED = "No {kind} prompt was scored, so the {rate} rate is not known (NaN): {why}."

@@ -8,8 +8,8 @@ from lox_hf.errors import ConfigError
 from lox_hf.evaluation.asr import judge_settings
 from lox_hf.evaluation.data.prompts import Prompt, prompt_id
 from lox_hf.evaluation.judges import Judge
-from lox_hf.evaluation.statistics import cohen_kappa, paired_difference, rate
 from lox_hf.records import JudgeAgreement, Outcome, PairedDifference, SafetyComparison, SafetyReport
+from lox_hf.statistics import cohen_kappa, paired_difference, rate
 
 OutcomePair = tuple[Outcome, Outcome]
 PromptKey = tuple[str, bool]

@@ -14,9 +14,9 @@ from lox_hf.evaluation.data.prompts import Prompt, check_number, load_prompts, s
 from lox_hf.evaluation.judges import Judge, JudgeLike, get_judge
 from lox_hf.evaluation.models.chat import ChatModel, Reply, ask
 from lox_hf.evaluation.report import render_markdown
-from lox_hf.evaluation.run_folder import RunFolder
 from lox_hf.progress import progress_bar
 from lox_hf.records import ModelReference, SafetyReport, SafetyRun, Verdict
+from lox_hf.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -29,10 +29,10 @@ from lox_hf.evaluation.models.likelihood import fitting_windows, negative_log_li
 from lox_hf.evaluation.models.loading import quiet_transformers
 from lox_hf.evaluation.models.local import left_as_found
 from lox_hf.evaluation.models.templates import encode, special_tokens
-from lox_hf.evaluation.run_folder import RunFolder
-from lox_hf.evaluation.statistics import rate
 from lox_hf.progress import progress_bar
 from lox_hf.records import AccuracyReport, ModelReference, PerplexityReport
+from lox_hf.run_folder import RunFolder
+from lox_hf.statistics import rate
 from lox_hf.version import versions
 
 if TYPE_CHECKING:

@@ -4,7 +4,12 @@ from lox_hf.records.base import JsonRecord, ModelReference
 from lox_hf.records.comparison import JudgeAgreement, PairedDifference, SafetyComparison, SafetyRun
 from lox_hf.records.drift import DriftReading, ProbeReading, TensorDrift, TrainingReading
 from lox_hf.records.hardening import REPORT_NAME, HardeningPlan, HardeningReport, TensorPlan, TensorReport
+from lox_hf.records.landscape import Basin, GridPoint, Landscape, PlacedModel
+from lox_hf.records.layers import LayerEntry, LayerMap
+from lox_hf.records.rank_curve import CurvePoint, EffectiveRank, RankCurve
 from lox_hf.records.safety import CategoryRates, Outcome, Rate, RubricScores, SafetyReport, Verdict
+from lox_hf.records.score import Score
+from lox_hf.records.selection import Candidate, DivergenceReport, Limit, Selection
 from lox_hf.records.stress import CellResult, StepReading, TaskScore, UtilityScore
 from lox_hf.records.stress_plan import AttackPlan, StressPlan
 from lox_hf.records.stress_report import (
@@ -22,25 +27,39 @@ __all__ = [
     "AccuracyReport",
     "AttackOutcome",
     "AttackPlan",
+    "Basin",
+    "Candidate",
     "CategoryRates",
     "CellResult",
+    "CurvePoint",
+    "DivergenceReport",
     "DriftReading",
+    "EffectiveRank",
+    "GridPoint",
     "HardeningPlan",
     "HardeningReport",
     "JsonRecord",
     "JudgeAgreement",
+    "Landscape",
+    "LayerEntry",
+    "LayerMap",
+    "Limit",
     "ModelBefore",
     "ModelReference",
     "Outcome",
     "PairedDifference",
     "PerplexityReport",
+    "PlacedModel",
     "ProbeReading",
+    "RankCurve",
     "Rate",
     "RubricScores",
     "SafetyComparison",
     "SafetyReport",
     "SafetyRun",
+    "Score",
     "SeedDifference",
+    "Selection",
     "Spread",
     "StepReading",
     "StressPlan",

@@ -23,7 +23,7 @@ class PairedDifference(JsonRecord):
         lost: Pairs that have it only before.
 
     Example:
-        >>> from lox_hf.evaluation.statistics import paired_difference
+        >>> from lox_hf.statistics import paired_difference
         >>> paired_difference([True, True, False], [False, True, False]).lost
         1
     """

@@ -75,7 +75,7 @@ class ProbeReading(JsonRecord):
             change, as the model unlearns to refuse. NaN without harmful prompts.
 
     Example:
-        >>> from lox_hf.evaluation.statistics import rate
+        >>> from lox_hf.statistics import rate
         >>> ProbeReading(asr=rate(1, 20), over_refusal=rate(0, 10), refusal_perplexity=1.8).asr.share
         0.05
     """

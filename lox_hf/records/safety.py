@@ -35,7 +35,7 @@ class Verdict(JsonRecord):
 
 @dataclass(frozen=True)
 class Rate(JsonRecord):
-    """A share of n with its 95 % Wilson score interval; made by `lox_hf.evaluation.statistics.rate`.
+    """A share of n with its 95 % Wilson score interval; made by `lox_hf.statistics.rate`.
 
     Attributes:
         count: How many have the property.
@@ -46,7 +46,7 @@ class Rate(JsonRecord):
         unscored: How many more were looked at, but have no verdict.
 
     Example:
-        >>> from lox_hf.evaluation.statistics import rate
+        >>> from lox_hf.statistics import rate
         >>> str(rate(3, 100))
         '3.0 % [1.0, 8.5] of 100'
     """

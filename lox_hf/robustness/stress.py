@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lox_hf.evaluation.run_folder import RunFolder
+from lox_hf.jobs import Runner
 from lox_hf.records import CellResult, StressReport
 from lox_hf.robustness.cells import Before, BeforeJob, CellJob
 from lox_hf.robustness.findings.learning_rates import worst_learning_rate
 from lox_hf.robustness.findings.summary import summarise
-from lox_hf.robustness.jobs import Runner
 from lox_hf.robustness.matrix import Matrix, PlannedAttack, open_matrix
 from lox_hf.robustness.prepare import ControlJob, DirectionsJob
 from lox_hf.robustness.report.render import save_report
 from lox_hf.robustness.settings import StressConfig
 from lox_hf.robustness.subject import Subject
+from lox_hf.run_folder import RunFolder
 from lox_hf.version import versions
 
 WORK_NAME = "work"

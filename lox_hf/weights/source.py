@@ -1,8 +1,9 @@
 """Where tensors come from: a checkpoint folder, or tensors in memory; under checkpoint names throughout."""
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -150,6 +151,23 @@ class DictSource:
 
     def release(self, name: str) -> None:
         """Do nothing: the tensor is the caller's."""
+
+
+def weights_sample(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Tell models apart that share a name: SHA-256 of up to 64 numbers of every floating-point weight.
+
+    Args:
+        tensors: Weights with their names.
+
+    Returns:
+        Hex digits.
+    """
+    digest = hashlib.sha256()
+    for name, weight in tensors:
+        if weight.is_floating_point() and not weight.is_meta:
+            step = max(1, -(-weight.numel() // 64))
+            digest.update(f"{name} {weight.detach().flatten()[::step].tolist()}".encode())
+    return digest.hexdigest()
 
 
 def shard_names(folder: Path, label: str) -> list[str]:

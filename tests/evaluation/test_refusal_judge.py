@@ -16,7 +16,7 @@ from lox_hf.evaluation.degenerate import degenerate_reason
 from lox_hf.evaluation.judges import refusal
 from lox_hf.evaluation.judges.base import Judge
 from lox_hf.evaluation.judges.refusal import RefusalJudge
-from lox_hf.evaluation.statistics import rate
+from lox_hf.statistics import rate
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "judges.md"

@@ -22,9 +22,9 @@ from lox_hf.evaluation.data.prompts import Prompt
 from lox_hf.evaluation.judges.function import FunctionJudge
 from lox_hf.evaluation.judges.refusal import RefusalJudge
 from lox_hf.evaluation.models.chat import Conversation, Reply
-from lox_hf.evaluation.run_folder import RUN_NAME
 from lox_hf.evaluation.safety import run_judges
 from lox_hf.records import SafetyComparison, SafetyRun, Verdict
+from lox_hf.run_folder import RUN_NAME
 
 KILLS = 5
 PROMPTS = held_out_prompts()[100:160]

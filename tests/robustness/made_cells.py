@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from lox_hf.evaluation.statistics import rate
 from lox_hf.records import (
     CellResult,
     DriftReading,
@@ -15,6 +14,7 @@ from lox_hf.records import (
     UtilityScore,
 )
 from lox_hf.robustness.findings.summary import summarise
+from lox_hf.statistics import rate
 
 N = 1000
 NOTHING = rate(0, 0)

@@ -10,7 +10,6 @@ import torch
 
 from lox_hf.errors import ConfigError, PromptError
 from lox_hf.evaluation.data.prompts import Prompt
-from lox_hf.evaluation.statistics import rate
 from lox_hf.robustness import controls
 from lox_hf.robustness.attacks.examples import Example
 from lox_hf.robustness.attacks.rows import encode_examples
@@ -24,6 +23,7 @@ from lox_hf.robustness.controls import (
 )
 from lox_hf.robustness.finetuning.finetune import fine_tune
 from lox_hf.robustness.measuring.measure import Measurement
+from lox_hf.statistics import rate
 from robustness.trainable import SFT, SUMS, make_model, make_tokenizer, weights
 from zoo import same_bits
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from lox_hf.evaluation.statistics import rate
 from lox_hf.records import CellResult, StepReading, StressReport
 from lox_hf.robustness.findings.headline import findings
 from lox_hf.robustness.findings.limits import limits
 from lox_hf.robustness.findings.wording import points, seed_names, steps
+from lox_hf.statistics import rate
 from robustness.made_cells import cell, cells_of, line, reading, report_of, utility
 
 HARDENED = "hardened r=2 alpha=1"

@@ -15,7 +15,6 @@ from lox_hf import evaluate_safety, gsm8k_accuracy, perplexity
 from lox_hf.demo.world import build_tokenizer
 from lox_hf.errors import ConfigError, PromptError
 from lox_hf.evaluation.data.prompts import Prompt
-from lox_hf.evaluation.statistics import rate
 from lox_hf.records import StepReading, UtilityScore
 from lox_hf.robustness.attacks.examples import Example
 from lox_hf.robustness.attacks.formats import ALPACA, AUTO, DOLLY, IDENTITY, encode_prompt
@@ -23,6 +22,7 @@ from lox_hf.robustness.attacks.rows import IGNORED, TokenRow, encode_examples
 from lox_hf.robustness.finetuning.finetune import fine_tune
 from lox_hf.robustness.measuring.held_out import answers_to, mean_loss
 from lox_hf.robustness.measuring.measure import Measurement, measure_task, measure_utility, read_safety
+from lox_hf.statistics import rate
 from robustness.tokenizers_of_kinds import byte_tokenizer, llama_tokenizer
 from robustness.trainable import SFT, SUMS, make_model, make_tokenizer, sums, weights
 

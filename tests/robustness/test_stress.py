@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from lox_hf.config import LoxConfig
 from lox_hf.errors import OutputError, PromptError
-from lox_hf.evaluation.run_folder import RunFolder
 from lox_hf.records import StressReport
 from lox_hf.robustness import cells, prepare
 from lox_hf.robustness.controls import ControlTraining
 from lox_hf.robustness.matrix import open_matrix
 from lox_hf.robustness.settings import StressConfig
 from lox_hf.robustness.stress import stress_test
+from lox_hf.run_folder import RunFolder
 from robustness.tiny_pair import HARDENED, attack, config, save_pair, without_figures, write_rows
 from test_bad_input import contents, nothing_lost
 

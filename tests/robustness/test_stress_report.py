@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from lox_hf.errors import OutputError
-from lox_hf.evaluation.run_folder import RunFolder
 from lox_hf.records import AttackOutcome, Spread, StressReport
 from lox_hf.robustness.report.render import render_markdown, render_page, render_screen, save_report
 from lox_hf.robustness.report.tables import Cell, before_table, figure, safety_table, sections, share
+from lox_hf.run_folder import RunFolder
 from robustness.reports import report_of, run, runs
 
 SMALL = ("aligned", "hardened r=2 alpha=1.0", "random r=2 alpha=1.0")

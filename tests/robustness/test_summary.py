@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from lox_hf.errors import ConfigError
-from lox_hf.evaluation.statistics import paired_difference, rate
 from lox_hf.records import AttackOutcome, CellResult, StressReport, UtilityScore
 from lox_hf.robustness.findings.learning_rates import aligned_utility, utility_share, worst_learning_rate
 from lox_hf.robustness.findings.seeds import TIE_STEPS, seed_difference, spread
+from lox_hf.statistics import paired_difference, rate
 from robustness.made_cells import NOTHING, cell, cells_of, lettered, line, reading, report_of, utility
 
 NAN = math.nan

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from lox_hf.errors import ConfigError, OutputError
-from lox_hf.evaluation.statistics import rate
 from lox_hf.plots.drift import draw_drift, save_drift_plot
 from lox_hf.plots.style import PURPLE, VERMILION, svg_text
 from lox_hf.records import DriftReading, ProbeReading, TrainingReading
+from lox_hf.statistics import rate
 
 NAN = math.nan
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lox_hf.errors import CheckpointError, OutputError
-from lox_hf.evaluation.statistics import rate
 from lox_hf.records import DriftReading, ProbeReading, TensorDrift, TrainingReading
+from lox_hf.statistics import rate
 from lox_hf.training.journal import Journal, first_of_steps
 from training.callback_runs import lines, make_subspace
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from lox_hf.evaluation.statistics import rate
 from lox_hf.records import DriftReading, ProbeReading, TrainingReading
+from lox_hf.statistics import rate
 from lox_hf.training.thresholds import NEEDS, Threshold
 
 

@@ -14,6 +14,7 @@ from lox_hf.evaluation.models.batch_size import fitting_batch_size, run_in_batch
 from lox_hf.evaluation.models.chat import Conversation, Reply
 from lox_hf.evaluation.models.checks import check_model, check_vocabulary, context_length, model_name
 from lox_hf.evaluation.models.templates import choose_template, encode, read_answer, special_tokens
+from lox_hf.weights.source import weights_sample
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -225,12 +226,8 @@ def left_as_found(model: nn.Module, config: "GenerationConfig | None" = None) ->
 
 
 def _weights_sample(model: nn.Module) -> str:
-    """SHA-256 of up to 64 numbers of every floating-point weight, and of which adapters are on."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not weight.is_meta:
-            step = max(1, -(-weight.numel() // 64))
-            digest.update(f"{name} {weight.detach().flatten()[::step].tolist()}".encode())
+    """A sample of the weights, and which adapters are on."""
+    digest = hashlib.sha256(weights_sample(model.named_parameters()).encode())
     for name, module in model.named_modules():
         if hasattr(module, "disable_adapters"):
             digest.update(f"{name} {module.disable_adapters} {module.active_adapters}".encode())

@@ -36,7 +36,7 @@ def half_life(readings: Sequence[StepReading]) -> HalfLife:
         The step and whether it is a lower bound.
 
     Example:
-        >>> from lox_hf.evaluation.statistics import rate
+        >>> from lox_hf.statistics import rate
         >>> rest = [rate(0, 0)] * 5
         >>> readings = [StepReading(step, rate(step, 25), *rest) for step in (0, 10, 20)]
         >>> half_life(readings), half_life(readings[:2])

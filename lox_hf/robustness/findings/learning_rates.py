@@ -109,7 +109,7 @@ def utility_share(score: UtilityScore, reference: UtilityScore) -> float:
         neither was, and where the reference has no right answer.
 
     Example:
-        >>> from lox_hf.evaluation.statistics import rate
+        >>> from lox_hf.statistics import rate
         >>> utility_share(UtilityScore("perplexity", rate(0, 0), 20.0), UtilityScore("perplexity", rate(0, 0), 16.0))
         0.8
     """

@@ -4,8 +4,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from lox_hf.evaluation.statistics import sign_flip_test
 from lox_hf.records import SeedDifference, Spread
+from lox_hf.statistics import sign_flip_test
 
 TIE_STEPS, TIE_SHARE = 0.05, 0.005
 """Differences below these print as 0 and are ties: 0.05 steps, 0.5 points."""

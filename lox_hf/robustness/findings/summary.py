@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from lox_hf.errors import ConfigError, listing
-from lox_hf.evaluation.statistics import paired_difference
 from lox_hf.records import (
     AttackOutcome,
     CellResult,
@@ -39,6 +38,7 @@ from lox_hf.robustness.findings.learning_rates import (
 )
 from lox_hf.robustness.findings.limits import limits
 from lox_hf.robustness.findings.seeds import TIE_STEPS, seed_difference, spread
+from lox_hf.statistics import paired_difference
 
 MATCHED_LEVEL = 0.9
 """Attack success rate of the aligned model that sets the budget at which all are compared."""

@@ -12,7 +12,6 @@ from lox_hf.evaluation.data.prompts import Prompt, set_hash
 from lox_hf.evaluation.judges import Judge, JudgeLike, get_judge
 from lox_hf.evaluation.models.templates import choose_template
 from lox_hf.evaluation.safety import evaluate_safety
-from lox_hf.evaluation.statistics import rate
 from lox_hf.evaluation.utility import gsm8k_accuracy, load_texts, perplexity
 from lox_hf.records import StepReading, TaskScore, UtilityScore
 from lox_hf.robustness.attacks.examples import Example
@@ -20,6 +19,7 @@ from lox_hf.robustness.attacks.recipe import Attack
 from lox_hf.robustness.attacks.rows import encode_examples
 from lox_hf.robustness.finetuning.finetune import check_rows
 from lox_hf.robustness.measuring.held_out import answers_to, mean_loss, response_tokens
+from lox_hf.statistics import rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from lox_hf.errors import ConfigError
 from lox_hf.evaluation.report import SCREEN_WIDTH, escape, markdown_table, one_line, render_text
-from lox_hf.evaluation.run_folder import RunFolder
 from lox_hf.plots.style import save_figure
 from lox_hf.records import StressReport
 from lox_hf.robustness.findings.wording import percent
 from lox_hf.robustness.plots import PICTURES, Picture, describe, outcomes_by_attack
 from lox_hf.robustness.report.page import render_page
 from lox_hf.robustness.report.tables import SHORT, Cell, Table, before_table, safety_table, sections, worst_tables
+from lox_hf.run_folder import RunFolder
 
 RESULTS_NAME, MARKDOWN_NAME, PAGE_NAME, FIGURES_NAME = "results.json", "report.md", "report.html", "figures"
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lox_hf.errors import OutputError
-from lox_hf.evaluation.run_folder import RUN_NAME, Journal, RunFolder
+from lox_hf.run_folder import RUN_NAME, Journal, RunFolder
 
 SETTINGS = {"model": "a", "tokens": 60, "layers": (1, 2)}
 
@@ -129,7 +129,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 def test_a_killed_process_leaves_its_lines_and_no_lock(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
-from lox_hf.evaluation.run_folder import RunFolder
+from lox_hf.run_folder import RunFolder
 with RunFolder(sys.argv[1], {"model": "a", "tokens": 60, "layers": [1, 2]}) as run:
     journal = run.journal("items.jsonl")
     journal.add(0, {"text": "kept"})
@@ -171,7 +171,7 @@ def test_a_disk_that_takes_no_more_is_one_error_and_loses_nothing(tmp_path: Path
     code = """
 import resource, sys
 from lox_hf.errors import OutputError
-from lox_hf.evaluation.run_folder import RunFolder
+from lox_hf.run_folder import RunFolder
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

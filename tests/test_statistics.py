@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lox_hf.evaluation.statistics import cohen_kappa, paired_difference, rate, sign_flip_test
 from lox_hf.records import PairedDifference, Rate
+from lox_hf.statistics import cohen_kappa, paired_difference, rate, sign_flip_test
 
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from lox_hf.errors import ConfigError, LoxError, OutputError
-from lox_hf.evaluation.run_folder import RunFolder
+from lox_hf.jobs import Runner
 from lox_hf.records import JsonRecord
-from lox_hf.robustness.jobs import Runner
-from lox_hf.robustness.workers import Workers
+from lox_hf.run_folder import RunFolder
+from lox_hf.workers import Workers
 
 WORKERS = pytest.mark.parametrize("workers", [None, 2])
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from lox_hf.errors import OutputError
-from lox_hf.evaluation.run_folder import RunFolder
 from lox_hf.progress import progress_bar
 from lox_hf.records import JsonRecord
-from lox_hf.robustness.workers import Workers, hear_warnings, result_of
+from lox_hf.run_folder import RunFolder
+from lox_hf.workers import Workers, hear_warnings, result_of
 
 Result = TypeVar("Result", bound=JsonRecord)
 

@@ -1,0 +1,76 @@
+"""The points of an analysis: each measured once, each a file as soon as it is there."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lox_hf.errors import ConfigError
+from lox_hf.records import Score
+from lox_hf.weights.source import WeightSource, weights_sample
+
+ScoreFn = Callable[[Any], Any]
+"""Measures a loaded model: returns a record, a rate or a number, as `Score.of` takes it. It must leave the weights as
+they are."""
+
+
+@dataclass(frozen=True)
+class PointJob:
+    """One model that is formed and measured.
+
+    Attributes:
+        path: File of the result, relative to the run's folder.
+        about: What the result depends on, as JSON values.
+        measure: Forms the model and measures it.
+    """
+
+    path: str
+    about: dict[str, Any]
+    measure: Callable[[], Score]
+    leaves: None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on."""
+        return self.about
+
+    def run(self) -> Score:
+        """Form and measure."""
+        return self.measure()
+
+    def read(self, data: dict[str, Any]) -> Score:
+        """Build the result."""
+        return Score.from_dict(data)
+
+
+def measured(score_fn: ScoreFn, model: nn.Module) -> Score:
+    """Measure a model.
+
+    Args:
+        score_fn: The measure.
+        model: The model.
+
+    Returns:
+        What was found, as it is read back from a file.
+
+    Raises:
+        ConfigError: If the function returns neither a record with rates or numbers nor one of them.
+    """
+    found = score_fn(model)
+    try:
+        score = Score.of(found)
+    except TypeError as error:
+        raise ConfigError(str(error)) from error
+    return Score.from_json(score.to_json())
+
+
+def identity(source: WeightSource) -> str:
+    """Tell whose weights these are, wherever they lie: a hash of a sample of every tensor."""
+    names = source.infos()
+
+    def tensors() -> Any:
+        for name in names:
+            yield name, source.get(name)
+            source.release(name)
+
+    return weights_sample(tensors())[:16]

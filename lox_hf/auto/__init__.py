@@ -1,0 +1,1 @@
+"""The measures that choosing needs, and the whole way by one command."""

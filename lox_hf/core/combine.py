@@ -1,0 +1,56 @@
+"""Weights between models: a linear combination of matrices, and directions on top, in float32 row tiles."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lox_hf.core.buffers import scratch
+from lox_hf.core.delta import tile_slices
+from lox_hf.core.extrapolate import LowRankPart
+from lox_hf.core.lowrank import LowRank
+from lox_hf.errors import NumericsError
+
+
+@torch.no_grad()
+def combine(parts: Sequence[tuple[Tensor, float]], out: Tensor, directions: LowRank | None = None) -> None:
+    """Form W = sum_i c_i W_i + U S Vh in place: upcast to float32, add, round once to the dtype of `out`.
+
+    With W_base, 1 and the directions of dW it is W_base + Proj_k(dW), from which the paper reads the effective rank
+    (section 3); with several models it is a point of the plane that they span.
+
+    Args:
+        parts: Matrices (m, n) of any floating dtype and device with their coefficients; those with coefficient 0 are
+            not read. A single one with coefficient 1 and without directions is copied bit for bit where the dtypes
+            are equal.
+        out: W, (m, n); overwritten, and none of the parts.
+        directions: U (m, k), S (k,), Vh (k, n).
+
+    Raises:
+        NumericsError: If a part, or the result in the dtype of `out`, is not finite.
+
+    Example:
+        >>> import torch
+        >>> out = torch.empty(2, 2)
+        >>> combine([(torch.ones(2, 2), 0.5), (torch.eye(2), 2.0)], out)
+        >>> out.tolist()
+        [[2.5, 0.5], [0.5, 2.5]]
+    """
+    read = [(matrix, coefficient) for matrix, coefficient in parts if coefficient != 0]
+    device, added = out.device, None
+    if directions is not None and directions.rank:
+        added = LowRankPart(LowRank(*(part.to(device) for part in (directions.U, directions.S, directions.Vh))), 1.0)
+    for part in tile_slices(*out.shape):
+        tile = scratch("sum", out[part].shape, torch.float32, device).zero_()
+        for number, (matrix, coefficient) in enumerate(read):
+            if number == 0:  # 0 + c W would turn -0.0 into 0.0
+                tile.copy_(matrix[part]).mul_(coefficient)
+            else:
+                rows = matrix[part]
+                tile.add_(scratch("part", rows.shape, torch.float32, device).copy_(rows), alpha=coefficient)
+        if added is not None:
+            added.add(part, tile)
+        target = out[part]
+        target.copy_(tile)
+        if not torch.isfinite(target).all():
+            raise NumericsError("a weight contains NaN or Inf, or the result overflows its dtype")
