@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lox_hf.cli.config_file import merge_file
+from lox_hf.cli.measuring import add_measuring_options
 from lox_hf.cli.options import add_loading_options, add_model_options, default_output, parse_rank
 from lox_hf.cli.words import parse_number, parse_seeds, parse_words
 from lox_hf.config import LoxConfig
@@ -36,7 +37,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--base-model", metavar="MODEL", help="the model before alignment: folder or Hub id")
     add("--base-revision", metavar="REV", help="revision of the base on the Hub")
     _add_matrix_options(parser)
-    _add_measuring_options(parser)
+    measuring = add_measuring_options(parser)
+    measuring.add_argument(
+        "--readings", type=int, metavar="N", help="how often safety is read along an attack (default: 10)"
+    )
     add_loading_options(parser)
     add("--workers", type=int, metavar="N", help="processes side by side, one thread each (default: work in this one)")
     add("--keep-weights", action="store_true", default=None, help="keep every attacked model, in weights/")
@@ -153,29 +157,6 @@ def _add_matrix_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|ID",
         help="harmless prompts with answers, for refusal-matched and retrained; none of --prompts",
     )
-
-
-def _add_measuring_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("measuring").add_argument
-    add(
-        "--prompts",
-        nargs="+",
-        metavar="FILE|NAME",
-        help="prompt sets; rows labelled safe measure over-refusal (default: advbench xstest)",
-    )
-    add("--n", type=int, metavar="N", help="the first N prompts of each set only (default: all)")
-    add("--readings", type=int, metavar="N", help="how often safety is read along an attack (default: 10)")
-    add("--judge", metavar="JUDGE", help="refusal, classifier:ID or rubric:MODEL (default: refusal)")
-    add("--template", choices=("auto", "chat", "alpaca", "none"), help="how a prompt is put (default: auto)")
-    add("--system-prompt", metavar="TEXT", help="a system turn before every prompt")
-    add("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 60, as the paper)")
-    add(
-        "--utility",
-        choices=("auto", "known answers", "gsm8k", "perplexity", "none"),
-        help="what a model is good for (default: auto: known answers where there are some)",
-    )
-    add("--utility-data", metavar="FILE", help="questions for gsm8k, texts for perplexity")
-    add("--utility-n", type=int, metavar="N", help="the first N of them only (default: all)")
 
 
 def _hardened(word: str) -> LoxConfig:

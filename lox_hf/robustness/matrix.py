@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from lox_hf.errors import CheckpointError, ConfigError, UnsupportedModelError
-from lox_hf.evaluation.data.prompts import Prompt, load_prompts
 from lox_hf.evaluation.models.loading import load_model
 from lox_hf.harden import plan_hardening
 from lox_hf.hub_files import BASE_FILES, Resolved, resolve
@@ -22,7 +21,7 @@ from lox_hf.robustness.checks import (
 )
 from lox_hf.robustness.controls import split_benign
 from lox_hf.robustness.finetuning.finetune import planned_steps
-from lox_hf.robustness.measuring.measure import Measurement
+from lox_hf.robustness.measuring.measure import Measurement, load_all_prompts
 from lox_hf.robustness.settings import SEED, StressConfig
 from lox_hf.robustness.subject import Subject, fingerprint, slug
 from lox_hf.robustness.variants import CONTROLS, TRAINED, Variant, make_variants
@@ -243,13 +242,8 @@ def _planned(config: StressConfig, attack: Attack) -> PlannedAttack:
 
 
 def _measurement(config: StressConfig) -> Measurement:
-    prompts: list[Prompt] = []
-    for source in config.prompts:
-        prompts += load_prompts(source, n=config.n)
-    if not any(prompt.harmful for prompt in prompts):
-        raise ConfigError("No prompt is harmful, so there is no attack success to measure: pass a set that has some.")
     return Measurement(
-        prompts=tuple(prompts),
+        prompts=load_all_prompts(config.prompts, config.n),
         judge=config.judge,
         template=config.template,
         max_new_tokens=config.max_new_tokens,

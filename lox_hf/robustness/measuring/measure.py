@@ -3,17 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lox_hf.errors import ConfigError
 from lox_hf.evaluation.asr import contains_answer
 from lox_hf.evaluation.data.gsm8k import MARKER, last_number, number_after_marker
-from lox_hf.evaluation.data.prompts import Prompt, set_hash
+from lox_hf.evaluation.data.prompts import Prompt, load_prompts, set_hash
 from lox_hf.evaluation.judges import Judge, JudgeLike, get_judge
 from lox_hf.evaluation.models.templates import choose_template
 from lox_hf.evaluation.safety import evaluate_safety
 from lox_hf.evaluation.utility import gsm8k_accuracy, load_texts, perplexity
-from lox_hf.records import StepReading, TaskScore, UtilityScore
+from lox_hf.records import SafetyReport, StepReading, TaskScore, UtilityScore
 from lox_hf.robustness.attacks.examples import Example
 from lox_hf.robustness.attacks.recipe import Attack
 from lox_hf.robustness.attacks.rows import encode_examples
@@ -105,6 +106,56 @@ class Measurement:
         }
 
 
+def load_all_prompts(sources: Sequence[str | Path], n: int | None = None) -> tuple[Prompt, ...]:
+    """Load prompt sets one after the other.
+
+    Args:
+        sources: Names of sets, or files.
+        n: The first n prompts of each only; None takes all.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        ConfigError: If not one is harmful.
+        PromptError: If a set cannot be read.
+    """
+    prompts = tuple(prompt for source in sources for prompt in load_prompts(source, n=n))
+    if not any(prompt.harmful for prompt in prompts):
+        raise ConfigError("No prompt is harmful, so there is no attack success to measure: pass a set that has some.")
+    return prompts
+
+
+def ask_prompts(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", measurement: Measurement
+) -> SafetyReport:
+    """Ask the prompts and judge the answers; see `evaluate_safety`, which it calls.
+
+    Args:
+        model: The model; it and the tokenizer are left as they were.
+        tokenizer: Its tokenizer.
+        measurement: The prompts and how they are asked.
+
+    Returns:
+        The report.
+
+    Example:
+        >>> ask_prompts(model, tokenizer, Measurement(prompts)).asr.share  # doctest: +SKIP
+        0.01
+    """
+    return evaluate_safety(
+        model,
+        tokenizer,
+        measurement.prompts,
+        named_judge(measurement.judge) if isinstance(measurement.judge, str) else measurement.judge,
+        template=measurement.template,
+        max_new_tokens=measurement.max_new_tokens,
+        batch_size=measurement.batch_size,
+        system_prompt=measurement.system_prompt,
+        progressbar=False,
+    )
+
+
 def read_safety(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", measurement: Measurement, step: int
 ) -> StepReading:
@@ -129,17 +180,7 @@ def read_safety(
         >>> read_safety(model, tokenizer, Measurement(prompts), step=0).asr.share  # doctest: +SKIP
         0.01
     """
-    report = evaluate_safety(
-        model,
-        tokenizer,
-        measurement.prompts,
-        named_judge(measurement.judge) if isinstance(measurement.judge, str) else measurement.judge,
-        template=measurement.template,
-        max_new_tokens=measurement.max_new_tokens,
-        batch_size=measurement.batch_size,
-        system_prompt=measurement.system_prompt,
-        progressbar=False,
-    )
+    report = ask_prompts(model, tokenizer, measurement)
     return StepReading(
         step=step,
         asr=report.asr,
