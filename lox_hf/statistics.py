@@ -2,15 +2,32 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, cast
 
-from lox_hf.records import PairedDifference, Rate
+from lox_hf.records import PairedDifference, Rate, Score
+from lox_hf.records.score import UNKNOWN, YES
 
 if TYPE_CHECKING:
     import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
+Z_ONE_SIDED = 1.6448536269514722
+"""95 % quantile of the normal distribution."""
+
+
+class UpperLimit(NamedTuple):
+    """How far a rate may have risen.
+
+    Attributes:
+        limit: 95 % one-sided upper limit of the rate after less the rate before; NaN where nothing was compared.
+        n: Pairs that were compared; of two that are not paired, the smaller number.
+        paired: Whether the same things were compared one by one.
+    """
+
+    limit: float
+    n: int
+    paired: bool
 
 
 def rate(count: int, n: int, unscored: int = 0) -> Rate:
@@ -79,6 +96,103 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool], seed: int =
     return PairedDifference(*rates, (gained - lost) / n, low, high, p_value, gained, lost)
 
 
+def score_upper_limit(before: Score, after: Score, name: str) -> UpperLimit:
+    """Return how far a rate of one model may lie above another's, at 95 %.
+
+    Args:
+        before: What was measured of the first.
+        after: Of the second.
+        name: The rate, such as "asr".
+
+    Returns:
+        The limit. Pair by pair where both have as many marks of this rate, of which only those count that are known on
+        both sides; else, and where there are none of those, from the two rates, as of different prompts.
+
+    Raises:
+        KeyError: If one of them has no such rate.
+
+    Example:
+        >>> before, after = (Score({"asr": rate(0, 100)}, marks={"asr": "0" * 100}) for _ in range(2))
+        >>> round(score_upper_limit(before, after, "asr").limit, 4)
+        0.0263
+    """
+    first, second = before.marks.get(name, ""), after.marks.get(name, "")
+    same = len(first) == len(second)
+    known = [pair for pair in zip(first, second, strict=True) if UNKNOWN not in pair] if same else []
+    if not known:
+        rates = before.rates[name], after.rates[name]
+        return UpperLimit(unpaired_upper_limit(*rates), min(found.n for found in rates), paired=False)
+    limit = paired_upper_limit([mark == YES for mark, _ in known], [mark == YES for _, mark in known])
+    return UpperLimit(limit, len(known), paired=True)
+
+
+def paired_upper_limit(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """Return the 95 % one-sided upper limit of the difference of two paired proportions, by Tango's score method.
+
+    Unlike a bootstrap or a Wald interval it does not become a point where no pair changed: there it is
+    z^2 / (n + z^2), since a change of some rarer kind may not have been met.
+
+    Args:
+        before: The property, for every pair.
+        after: The same afterwards.
+
+    Returns:
+        The limit of the share after less the share before, in (-1, 1]; NaN where there are no pairs.
+
+    Raises:
+        ValueError: If the two differ in length.
+
+    Example:
+        >>> round(paired_upper_limit([False] * 268, [False] * 268), 5)
+        0.00999
+
+    Source: Tango, Statistics in Medicine 17, 1998, 891-908.
+    """
+    pairs = list(zip(before, after, strict=True))
+    return _tango_limit(sum(b < a for b, a in pairs), sum(b > a for b, a in pairs), len(pairs), Z_ONE_SIDED)
+
+
+def unpaired_upper_limit(before: Rate, after: Rate) -> float:
+    """Return the 95 % one-sided upper limit of the difference of two independent rates, by Newcombe's hybrid method.
+
+    Args:
+        before: A rate.
+        after: The same of others.
+
+    Returns:
+        The limit of the share after less the share before; NaN where one of them is not known.
+
+    Example:
+        >>> round(unpaired_upper_limit(rate(10, 100), rate(10, 100)), 3)
+        0.072
+
+    Source: Newcombe, Statistics in Medicine 17, 1998, 873-890, method 10.
+    """
+    if not before.n or not after.n:
+        return math.nan
+    from scipy.stats import binomtest
+
+    # The ends of a two-sided interval of 90 % are the one-sided limits of 95 %.
+    ends = [binomtest(found.count, found.n).proportion_ci(2 * CONFIDENCE - 1, "wilson") for found in (before, after)]
+    return after.share - before.share + math.hypot(before.share - ends[0].low, ends[1].high - after.share)
+
+
+def least_pairs(rho: float) -> int:
+    """Return how many pairs it takes at least until a paired upper limit can be as low as rho: none of them changes.
+
+    Args:
+        rho: The limit, in (0, 1).
+
+    Returns:
+        The number of pairs.
+
+    Example:
+        >>> least_pairs(0.01), least_pairs(0.05)
+        (268, 52)
+    """
+    return math.ceil(Z_ONE_SIDED**2 * (1 - rho) / rho)
+
+
 def sign_flip_test(differences: Sequence[float]) -> float:
     """Test whether paired differences have mean 0: exact and two-sided, over every choice of their signs.
 
@@ -138,6 +252,25 @@ def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
     a, b = sum(first) / n, sum(second) / n
     agreed, expected = sum(x == y for x, y in pairs) / n, a * b + (1 - a) * (1 - b)
     return math.nan if expected == 1 else (agreed - expected) / (1 - expected)
+
+
+def _tango_limit(gained: int, lost: int, n: int, z: float) -> float:
+    """The largest difference d whose score statistic is not below -z: that of `gained - lost` pairs, were d true."""
+    if n == 0:
+        return math.nan
+    if gained == n:
+        return 1.0
+    from scipy.optimize import brentq
+
+    def above(d: float) -> float:
+        """The statistic plus z, times its standard error, which may be 0."""
+        # The share of pairs that lose the property, at its likeliest where the difference is d.
+        b, c = (2 * n - gained + lost) * d - gained - lost, -lost * d * (1 - d)
+        share = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
+        return gained - lost - n * d + z * math.sqrt(max(0.0, n * (2 * share + d * (1 - d))))
+
+    # Where all pairs lost it the standard error is 0 at the difference itself, which is no limit.
+    return cast(float, brentq(above, (gained - lost) / n + 1e-12, 1.0, xtol=1e-14))
 
 
 def _signed_sums(sizes: "np.ndarray") -> "np.ndarray":

@@ -1,10 +1,10 @@
 """The points of an analysis: each measured once, each a file as soon as it is there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lox_hf.errors import ConfigError
 from lox_hf.records import Score
@@ -64,12 +64,25 @@ def measured(score_fn: ScoreFn, model: nn.Module) -> Score:
     return Score.from_json(score.to_json())
 
 
+def with_dtype(about: Mapping[str, Any] | None, model: nn.Module) -> dict[str, Any]:
+    """Add to the settings of a measure the dtypes of the loaded model: points in another one are other points.
+
+    Args:
+        about: The settings; None for none.
+        model: The model in which points are formed.
+
+    Returns:
+        The settings with the dtypes, such as "bfloat16".
+    """
+    found = {str(tensor.dtype).removeprefix("torch.") for tensor in model.parameters()}
+    return {**(about or {}), "dtype": ", ".join(sorted(found))}
+
+
 def identity(source: WeightSource) -> str:
     """Tell whose weights these are, wherever they lie: a hash of a sample of every tensor."""
-    names = source.infos()
 
-    def tensors() -> Any:
-        for name in names:
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(source.infos()):  # files hold them in another order than a loaded model
             yield name, source.get(name)
             source.release(name)
 

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from lox_hf.core.buffers import scratch
 from lox_hf.core.delta import tile_slices
-from lox_hf.core.extrapolate import LowRankPart
+from lox_hf.core.extrapolate import LowRankPart, check_range
 from lox_hf.core.lowrank import LowRank
-from lox_hf.errors import NumericsError
 
 
 @torch.no_grad()
@@ -41,16 +40,18 @@ def combine(parts: Sequence[tuple[Tensor, float]], out: Tensor, directions: LowR
     if directions is not None and directions.rank:
         added = LowRankPart(LowRank(*(part.to(device) for part in (directions.U, directions.S, directions.Vh))), 1.0)
     for part in tile_slices(*out.shape):
-        tile = scratch("sum", out[part].shape, torch.float32, device).zero_()
+        tile = scratch("sum", out[part].shape, torch.float32, device)
+        if not read:
+            tile.zero_()
         for number, (matrix, coefficient) in enumerate(read):
             if number == 0:  # 0 + c W would turn -0.0 into 0.0
-                tile.copy_(matrix[part]).mul_(coefficient)
+                tile.copy_(matrix[part])
+                if coefficient != 1:
+                    tile.mul_(coefficient)
             else:
                 rows = matrix[part]
                 tile.add_(scratch("part", rows.shape, torch.float32, device).copy_(rows), alpha=coefficient)
         if added is not None:
             added.add(part, tile)
-        target = out[part]
-        target.copy_(tile)
-        if not torch.isfinite(target).all():
-            raise NumericsError("a weight contains NaN or Inf, or the result overflows its dtype")
+        check_range(tile, out.dtype)
+        out[part].copy_(tile)

@@ -78,7 +78,7 @@ def extrapolate(aligned: Tensor, added: LowRankPart | FullPart, sink: Sink) -> N
         rows = aligned[part]
         tile = scratch("sum", rows.shape, torch.float32, rows.device).copy_(rows)
         added.add(part, tile)
-        _check_range(tile, aligned.dtype)
+        check_range(tile, aligned.dtype)
         sink(part, scratch("rounded", rows.shape, aligned.dtype, rows.device).copy_(tile))
 
 
@@ -101,8 +101,18 @@ def lora_factors(directions: LowRank, alpha: float) -> tuple[Tensor, Tensor]:
     return directions.U * root, root[:, None] * directions.Vh
 
 
-def _check_range(tile: Tensor, dtype: torch.dtype) -> None:
-    """Refuse what would become Inf; a finite sum of a tile says that all of it is finite, at a third of the cost."""
+def check_range(tile: Tensor, dtype: torch.dtype) -> None:
+    """Refuse what would become Inf or is not a number.
+
+    A finite sum of a tile says that all of it is finite, at a third of the cost of asking every entry.
+
+    Args:
+        tile: float32 rows that are about to be rounded.
+        dtype: What they are rounded to.
+
+    Raises:
+        NumericsError: If one of them is not finite, or does not fit.
+    """
     largest = max(map(abs, torch.stack(torch.aminmax(tile)).tolist())) if dtype == torch.float16 else 0.0
     if largest > torch.finfo(dtype).max or not math.isfinite(tile.sum()):
         name = str(dtype).removeprefix("torch.")

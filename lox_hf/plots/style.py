@@ -25,6 +25,16 @@ LEGEND_ROW_IN = 0.2
 PERCENT = (-4, 104)
 """Limits of an axis in percent, with room beside 0 and 100 so that a marker there is whole."""
 QUARTERS = (0, 25, 50, 75, 100)
+MEASURES = {
+    "asr": "attack success rate",
+    "asr_mean": "mean ASR along the attack",
+    "over_refusal": "harmless prompts refused",
+    "degenerate": "degenerate answers",
+    "accuracy": "known answers given",
+    "gsm8k": "GSM8K accuracy",
+    "kl": "KL divergence from the aligned model (nats)",
+}
+"""What measures are called in figures."""
 RC = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
@@ -123,6 +133,21 @@ def whole_steps(axes: "Axes") -> None:
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
+def measure_name(name: str) -> str:
+    """Return what a measure is called in figures; one of a user's own by its name."""
+    return MEASURES.get(name, name)
+
+
+def check_matplotlib() -> None:
+    """Refuse to begin what could not be drawn in the end.
+
+    Raises:
+        ConfigError: If matplotlib is not installed.
+    """
+    with house_style():
+        pass
+
+
 def swatch(face: str, edge: str) -> "Artist":
     """Return a small rectangle for a legend: what it is filled with, and its outline."""
     from matplotlib.patches import Patch
@@ -157,7 +182,7 @@ def svg_text(figure: "Figure") -> str:
     return _bytes(figure, "svg").decode()
 
 
-def save_figure(figure: "Figure", stem: Path) -> tuple[Path, Path]:
+def save_figure(figure: "Figure", stem: str | Path) -> tuple[Path, Path]:
     """Write a figure as PNG and SVG.
 
     Args:
@@ -170,6 +195,7 @@ def save_figure(figure: "Figure", stem: Path) -> tuple[Path, Path]:
     Raises:
         OutputError: If they cannot be written.
     """
+    stem = Path(stem)
     # Not `with_suffix`, which would take a part of "alpha=1.25" away.
     files = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
     try:

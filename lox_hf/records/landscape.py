@@ -7,6 +7,9 @@ from typing import Any, Self
 from lox_hf.records.base import JsonRecord
 from lox_hf.records.score import Score
 
+FAR = 0.1
+"""A model that lies further beside the plane than this share of its distance from the origin is marked as such."""
+
 
 @dataclass(frozen=True)
 class PlacedModel(JsonRecord):
@@ -26,6 +29,16 @@ class PlacedModel(JsonRecord):
     y: float
     beside: float = 0.0
     score: Score = field(default_factory=Score)
+
+    @property
+    def distance(self) -> float:
+        """Its distance from the origin, the first model, in all directions."""
+        return math.hypot(self.x, self.y, self.beside)
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether it is so far beside the plane that its place there is a projection, and not itself."""
+        return self.beside > FAR * self.distance
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -55,17 +68,22 @@ class GridPoint(JsonRecord):
 
 @dataclass(frozen=True)
 class Basin(JsonRecord):
-    """How safe the neighbourhood of a model is, over the points of the grid within a radius.
+    """How safe the neighbourhood of a model is, over the points of the grid that lie in it.
+
+    Peng et al. move a model along random directions, a share of every layer's norm far; here the neighbourhood is a
+    square of the plane (a piece of the line) that the models span, cut off where the grid ends. So VISAGE here
+    compares models of one landscape; it is none of the figures of their paper.
 
     Attributes:
-        measure: The rate that is read, such as "asr".
-        center: Name of the model in the middle.
+        measure: The rate that is read, such as "asr": lower is safer.
+        center: Name of the model in the middle; one beside the plane has its projection there.
         radius: Points within this distance in both coordinates are in it.
-        n_points: How many points are.
-        visage: VISAGE: mean of S_max - S over the points with S < S_max, in points of 100 (S the attack success rate
-            in percent, S_max = 100): higher is safer. NaN where no point counts.
-        mean_fall: Mean rise of the rate over the center's, in points of 100: what a move inside costs on average.
-        worst: Highest rate within.
+        n_points: How many of them have a rate.
+        visage: VISAGE: mean of S_max - S over the points with S < S_max, where S is the rate in percent and S_max is
+            100: higher is safer. NaN where no point counts.
+        mean_fall: How far the rate is above the center's own, in points of 100, on average over the points: the mean
+            fall of safety by a move inside.
+        worst: Highest rate within, as a share.
 
     Source: Peng et al., Navigating the Safety Landscape, NeurIPS 2024, arXiv 2405.17374 (VISAGE).
     """
@@ -89,6 +107,8 @@ class Landscape(JsonRecord):
         ys: Grid along the second; (0,) on a line.
         points: By y within x: all of ys at xs[0] first.
         parameters: Parameters that take part.
+        measure: What is drawn, by its name in the scores, such as "asr".
+        about: How was measured, as JSON values.
         basins: Neighbourhoods of models.
         versions: Versions a result depends on.
         warnings: What a reader should know.
@@ -105,6 +125,8 @@ class Landscape(JsonRecord):
     ys: tuple[float, ...]
     points: tuple[GridPoint, ...]
     parameters: int
+    measure: str = "asr"
+    about: dict[str, Any] = field(default_factory=dict)
     basins: tuple[Basin, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

@@ -1,10 +1,13 @@
 """Where in a model the change lies that alignment made."""
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 from lox_hf.records.base import JsonRecord, ModelReference
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -14,10 +17,12 @@ class LayerEntry(JsonRecord):
     Attributes:
         name: Checkpoint name; one matrix of a stack reads `name[i]`.
         layer: Number of its layer; None outside the layers.
-        kind: Its module's path without the layers' prefix and number, such as "self_attn.q_proj".
+        kind: Its module's path without the layers' prefix and numbers, such as "self_attn.q_proj"; the experts of a
+            layer are of one kind. In a model with several stacks of layers it begins with its stack.
         shape: (m, n).
         change_share: ||dW||_F^2 of this matrix as a share of all matrices' together: where alignment acted.
-        energy_share: Share of this matrix's own ||dW||_F^2 that its directions hold: how low its rank is.
+        energy_share: Share of this matrix's own ||dW||_F^2 that its directions hold: how low its rank is. NaN where
+            it did not change.
         singular_values: s_1 ... s_k, descending.
         retention: Retention of another model's matrix, where one was read; NaN otherwise.
     """
@@ -38,6 +43,38 @@ class LayerEntry(JsonRecord):
         return super().from_dict({**data, **lists})
 
 
+class LayerSummary(NamedTuple):
+    """Several matrices taken together.
+
+    Attributes:
+        matrices: How many.
+        change_share: Sum of their shares of the change.
+        energy_share: Share of their ||dW||_F^2 that the directions hold; NaN where none changed.
+        s_1: Largest singular value; NaN where none changed.
+        retention: Retention of all together, each matrix weighted by its ||S_k||^2; NaN where none was read.
+    """
+
+    matrices: int
+    change_share: float
+    energy_share: float
+    s_1: float
+    retention: float
+
+    @classmethod
+    def of(cls, entries: Iterable[LayerEntry]) -> Self:
+        """Take matrices together."""
+        found = list(entries)
+        changed = [(entry.energy_share, entry.change_share) for entry in found]
+        read = [(entry.retention, math.fsum(s * s for s in entry.singular_values)) for entry in found]
+        return cls(
+            len(found),
+            math.fsum(entry.change_share for entry in found),
+            _weighted(changed),
+            max((entry.singular_values[0] for entry in found if entry.singular_values), default=math.nan),
+            _weighted(read),
+        )
+
+
 @dataclass(frozen=True)
 class LayerMap(JsonRecord):
     """The change that alignment made, matrix by matrix.
@@ -48,6 +85,11 @@ class LayerMap(JsonRecord):
         entries: The matrices, in file order.
         r: Rank of the directions, as it was asked for; None is never one.
         tuned: The model whose retention was read; empty where none was.
+
+    Example:
+        >>> found = LayerMap.from_json(Path("layers/layers.json").read_text())  # doctest: +SKIP
+        >>> found.by_kind()["self_attn.v_proj"].energy_share  # doctest: +SKIP
+        0.83
     """
 
     aligned: ModelReference
@@ -55,6 +97,27 @@ class LayerMap(JsonRecord):
     entries: tuple[LayerEntry, ...]
     r: int | float
     tuned: str = ""
+
+    def cells(self) -> dict[tuple[str, int | None], LayerSummary]:
+        """Take together what is of one kind in one layer."""
+        return self._together(lambda entry: (entry.kind, entry.layer))
+
+    def by_kind(self) -> dict[str, LayerSummary]:
+        """Take together what is of one kind, over all layers; kinds in file order, those outside the layers last."""
+        found = self._together(lambda entry: entry.kind)
+        outside = {entry.kind for entry in self.entries if entry.layer is None}
+        return {kind: found[kind] for kind in sorted(found, key=lambda kind: kind in outside)}
+
+    def by_layer(self) -> dict[int | None, LayerSummary]:
+        """Take together what is in one layer, in their order; what is outside the layers comes last, as None."""
+        found = self._together(lambda entry: entry.layer)
+        return {layer: found[layer] for layer in sorted(found, key=lambda layer: (layer is None, layer or 0))}
+
+    def _together(self, key_of: Callable[[LayerEntry], Key]) -> dict[Key, LayerSummary]:
+        groups: dict[Key, list[LayerEntry]] = {}
+        for entry in self.entries:
+            groups.setdefault(key_of(entry), []).append(entry)
+        return {key: LayerSummary.of(group) for key, group in groups.items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -65,3 +128,10 @@ class LayerMap(JsonRecord):
             "entries": tuple(map(LayerEntry.from_dict, data["entries"])),
         }
         return super().from_dict({**data, **nested})
+
+
+def _weighted(pairs: Iterable[tuple[float, float]]) -> float:
+    """Weighted mean of what is known; NaN where nothing is."""
+    known = [(value, weight) for value, weight in pairs if not math.isnan(value) and weight > 0]
+    total = math.fsum(weight for _, weight in known)
+    return math.fsum(value * weight for value, weight in known) / total if known else math.nan

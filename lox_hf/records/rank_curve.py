@@ -75,6 +75,7 @@ class RankCurve(JsonRecord):
         matrices: Number of matrices that were taken back to their base.
         reset_vectors: Whether at r = 0 weights with fewer than two dims were the base's too.
         effective: The effective rank; None where the measure is no rate.
+        about: Settings of the measure, as its owner gave them.
         versions: Versions a result depends on.
         warnings: What a reader should know.
 
@@ -94,6 +95,7 @@ class RankCurve(JsonRecord):
     matrices: int
     reset_vectors: bool = False
     effective: EffectiveRank | None = None
+    about: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 

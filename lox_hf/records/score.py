@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from numbers import Real
 from typing import Any, Self
 
 from lox_hf.records.base import JsonRecord
@@ -47,7 +48,7 @@ class Score(JsonRecord):
             The score; of rates that counted nothing only those are kept that a record names.
 
         Raises:
-            TypeError: If there is neither a rate nor a number in it.
+            TypeError: If there is neither a rate nor a number in it, or a mapping has something else.
         """
         if isinstance(found, cls):
             return found
@@ -56,11 +57,18 @@ class Score(JsonRecord):
         if isinstance(found, Rate) or _is_number(found):
             found = {"value": found}
         items = _items(found)
+        wrong = [f"{name!r} is a {type(value).__name__}" for name, value in items.items() if not _is_measure(value)]
+        if isinstance(found, Mapping) and wrong:
+            raise TypeError(
+                "A score function must return a record, a rate or a number, or these by name, but "
+                f"{', '.join(wrong)}; of a tensor with one number return tensor.item()."
+            )
         rates = {name: value for name, value in items.items() if isinstance(value, Rate)}
         figures = {name: float(value) for name, value in items.items() if _is_number(value)}
         if not rates and not figures:
             raise TypeError(
-                f"A score function must return a record, a rate or a number, got {type(found).__name__} without any."
+                f"A score function must return a record, a rate or a number, got {type(found).__name__} without any; "
+                "of a tensor with one number return tensor.item()."
             )
         return cls(rates, figures)
 
@@ -124,5 +132,10 @@ def _items(found: Any) -> Mapping[str, Any]:
     return {}
 
 
+def _is_measure(value: Any) -> bool:
+    return isinstance(value, Rate) or _is_number(value)
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether this is a number, numpy's included."""
+    return isinstance(value, Real) and not isinstance(value, bool)

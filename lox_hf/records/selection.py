@@ -18,6 +18,10 @@ class Limit(JsonRecord):
             difference itself, or with `relative` its share of the aligned model's.
         higher_is_worse: Whether a rise is what costs; for an accuracy a fall is.
         relative: Whether `most` is a share of the aligned model's figure.
+
+    Example:
+        >>> Limit("over_refusal", 0.02).relative  # 2 points more at most
+        False
     """
 
     measure: str
@@ -34,8 +38,8 @@ class Candidate(JsonRecord):
         name: What tables call it, such as "r=6 alpha=1.25 all".
         config: Settings, as `LoxConfig.to_dict` gives them.
         targets: Which weights, by the word that was asked for, such as "attention".
-        strength: Size of the edit, alpha * ||Proj_r(dW)||_F over all edited matrices as a share of ||dW||_F of the
-            whole model.
+        strength: Size of the edit, alpha * ||Proj_r(dW)||_F over all edited matrices as a share of ||dW||_F of all
+            that no setting excludes.
         score: What was measured of it before any attack.
         attacked: What was measured of it after the short attack; None where it was not attacked.
         broken: Limits that it breaks, in words; empty where it keeps all of them.
@@ -78,7 +82,8 @@ class Selection(JsonRecord):
         limits: What a recommendation may cost.
         objective: The measure that decides among those that keep the limits: a name of `Candidate.attacked`, or
             "strength" where nothing was attacked.
-        recommended: Name of the candidate to take; None where none qualifies.
+        recommended: Name of the candidate to take; None where none keeps the limits, or none is any better after the
+            attack than the aligned model.
         reasons: Why, in sentences.
         versions: Versions a result depends on.
         warnings: What a reader should know.
@@ -102,8 +107,12 @@ class Selection(JsonRecord):
     warnings: tuple[str, ...] = ()
 
     def get(self, name: str) -> Candidate:
-        """Return a candidate by its name."""
-        return next(candidate for candidate in self.candidates if candidate.name == name)
+        """Return a candidate by its name.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        return {candidate.name: candidate for candidate in self.candidates}[name]
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -133,6 +142,10 @@ class DivergenceReport(JsonRecord):
         prompts: Prompts.
         tokens: Positions in all.
         sha256: SHA-256 of the prompts.
+
+    Example:
+        >>> print(f"{divergence(hardened, reference).kl:.3f} nats")  # doctest: +SKIP
+        0.013 nats
     """
 
     kl: float
