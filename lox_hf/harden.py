@@ -10,18 +10,20 @@ from torch import Tensor
 
 from lox_hf.adapter_files import harden_adapter, plan_adapter
 from lox_hf.config import CONFIG_NAME, LoxConfig
-from lox_hf.edit import edit_tensor
+from lox_hf.edit import MatrixSink
+from lox_hf.edit_all import edit_tensors
 from lox_hf.errors import CheckpointError
-from lox_hf.hub_files import CHECKPOINT_FILES, resolve
+from lox_hf.hub_files import CHECKPOINT_FILES, Resolved, resolve
 from lox_hf.inputs import HasFactors, ModelLike, Pair, make_report, open_pair
-from lox_hf.parallel import map_tensors
 from lox_hf.provenance import STAMP, stamp
-from lox_hf.records import REPORT_NAME, HardeningPlan, HardeningReport, TensorPlan, TensorReport
+from lox_hf.records import REPORT_NAME, HardeningPlan, HardeningReport, TensorPlan
 from lox_hf.weights.folder import MODEL_CONFIG, is_adapter, model_config, side_files
 from lox_hf.weights.selection import matrix_shape
-from lox_hf.weights.shard import Shard
-from lox_hf.weights.source import INDEX_NAME, CheckpointSource
+from lox_hf.weights.shard import ShardLike
+from lox_hf.weights.source import INDEX_NAME, WEIGHTS_NAME, ShardedSource
 from lox_hf.weights.writer import COPY_BYTES, FolderWriter, OutputFile
+
+NOT_ON_FILES = "harden_checkpoint works on files; for a model in memory use apply_lox."
 
 
 def harden_checkpoint(
@@ -91,12 +93,20 @@ def harden_checkpoint(
         trust_remote_code=trust_remote_code,
         allow_repeat=allow_repeat,
     )
-    plan, writer = _plan(pair), FolderWriter(output_dir)
+    plan, writer = plan_files(pair), FolderWriter(output_dir)
     writer.check(plan.total_bytes, _inputs(pair))
     with writer:
-        reports = _write_weights(pair, writer, progressbar, num_workers)
+        source = _source(pair)
+        target = _Folder(source, writer)
+        reports = edit_tensors(
+            pair.plans, source, pair.factors, target, num_workers=num_workers, progressbar=progressbar
+        )
         report = make_report(pair, reports, time.perf_counter() - started, str(output_dir))
-        _write_side_files(pair, plan, writer, report)
+        for name, content in other_files(pair, plan, report).items():
+            if isinstance(content, Path):
+                writer.copy(content, name)
+            else:
+                writer.write(name, content)
         writer.publish()
     return report
 
@@ -146,15 +156,25 @@ def plan_hardening(
         trust_remote_code=trust_remote_code,
         allow_repeat=allow_repeat,
     )
-    plan = _plan(pair)
+    plan = plan_files(pair)
     if output_dir is not None:
         FolderWriter(output_dir).check(plan.total_bytes, _inputs(pair))
     return plan
 
 
-def _plan(pair: Pair) -> HardeningPlan:
-    folder = _folder(pair)
-    copied, left_out = side_files(folder)
+def plan_files(pair: Pair) -> HardeningPlan:
+    """Put the plan of a checkpoint on files together.
+
+    Args:
+        pair: Both models.
+
+    Returns:
+        The plan.
+
+    Raises:
+        CheckpointError: If the aligned model is no checkpoint on files.
+    """
+    copied, left_out = side_files(files_of(pair).folder)
     return HardeningPlan(
         aligned=pair.aligned.reference,
         base=pair.factors.reference,
@@ -162,104 +182,99 @@ def _plan(pair: Pair) -> HardeningPlan:
         tensors=tuple(pair.plans),
         total_bytes=sum(info.size_bytes for info in pair.aligned.source.infos().values()),
         files=tuple(str(path) for path in copied),
-        left_out=tuple(
-            str(path) for path in left_out if path.name not in {shard.path.name for shard in _shards(pair)}
-        ),
+        left_out=tuple(str(path) for path in left_out if path.name not in {shard.name for shard in shards_of(pair)}),
     )
 
 
-def _write_weights(
-    pair: Pair, writer: FolderWriter, progressbar: bool | None, num_workers: int | None
-) -> tuple[TensorReport, ...]:
-    """Write every shard: the aligned shard's header byte for byte, then its tensors at their places."""
-    source = pair.aligned.source
-    infos = source.infos()
-    places: dict[str, tuple[OutputFile, int]] = {}
-    for shard in _shards(pair):
-        file = writer.create(shard.path.name, shard.path.stat().st_size)
-        file.write(shard.bytes(0, shard.header_bytes), 0)
-        places |= {name: (file, entry.start) for name, entry in shard.entries.items()}
+class _Folder:
+    """The new folder as a target: every shard is the aligned one's header, then the tensors at their places."""
 
-    def prepare(plan: TensorPlan) -> None:
-        source.prefetch(plan.name)
-        if plan.edit:
-            pair.factors.prefetch(plan.name)
+    def __init__(self, source: ShardedSource, writer: FolderWriter) -> None:
+        self._source = source
+        self._places: dict[str, tuple[OutputFile, int]] = {}
+        for shard in source.shards:
+            file = writer.create(shard.name, shard.size_bytes)
+            file.write(shard.header, 0)
+            self._places |= {name: (file, entry.start) for name, entry in shard.entries.items()}
 
-    def work(plan: TensorPlan) -> list[TensorReport]:
-        file, start = places[plan.name]
-        if plan.edit:
-            tensor = source.get(plan.name)
-            reports = edit_tensor(plan, tensor, pair.factors, _file_sink(tensor, file, start))
-            pair.factors.release(plan.name)
-        else:
-            _copy_bytes(shard_of[plan.name], plan.name, file, start)
-            reports = []
-        source.release(plan.name)
-        return reports
+    def sink(self, plan: TensorPlan, aligned: Tensor) -> MatrixSink:
+        """Return what writes finished rows to their place in the file."""
+        file, start = self._places[plan.name]
+        return row_sink(aligned, start, file.write)
 
-    shard_of = {name: shard for shard in _shards(pair) for name in shard.entries}
-    results = map_tensors(
-        work,
-        pair.plans,
-        size_of=lambda plan: infos[plan.name].size_bytes,
-        num_workers=num_workers,
-        progressbar=progressbar,
-        description="Hardening",
-        prepare=prepare,
-    )
-    return tuple(report for reports in results for report in reports)
+    def copy(self, plan: TensorPlan) -> None:
+        """Copy the aligned bytes."""
+        file, start = self._places[plan.name]
+        raw = self._source.raw(plan.name)
+        for position in range(0, len(raw), COPY_BYTES):
+            file.write(raw[position : position + COPY_BYTES], start + position)
 
 
-def _file_sink(tensor: Tensor, file: OutputFile, start: int) -> Callable[[int, slice, Tensor], None]:
+def row_sink(tensor: Tensor, start: int, write: Callable[[memoryview, int], object]) -> MatrixSink:
+    """Make a sink that writes the rows of a tensor into a file.
+
+    Args:
+        tensor: The tensor, for shape and dtype.
+        start: Where it begins in the file.
+        write: Takes bytes and their position in the file.
+
+    Returns:
+        The sink.
+    """
     _, rows, columns = matrix_shape(tuple(tensor.shape))
     row_bytes = columns * tensor.element_size()
 
     def sink(number: int, part: slice, tile: Tensor) -> None:
-        file.write(as_bytes(tile), start + (number * rows + part.start) * row_bytes)
+        write(_as_bytes(tile), start + (number * rows + part.start) * row_bytes)
 
     return sink
 
 
-def as_bytes(rows: Tensor) -> memoryview:
+def _as_bytes(rows: Tensor) -> memoryview:
     """Bytes of a CPU tensor of any dtype, without a copy where it is contiguous."""
     return rows.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _copy_bytes(shard: Shard, name: str, file: OutputFile, start: int) -> None:
-    entry = shard.entries[name]
-    for position in range(entry.start, entry.stop, COPY_BYTES):
-        stop = min(position + COPY_BYTES, entry.stop)
-        file.write(shard.bytes(position, stop), start + position - entry.start)
+def other_files(pair: Pair, plan: HardeningPlan, report: HardeningReport) -> dict[str, Path | bytes]:
+    """Everything of a hardened checkpoint but its weights.
 
+    Args:
+        pair: Both models.
+        plan: The plan.
+        report: What was done.
 
-def _write_side_files(pair: Pair, plan: HardeningPlan, writer: FolderWriter, report: HardeningReport) -> None:
-    folder = _folder(pair)
-    for name in plan.files:
-        if name not in (CONFIG_NAME, REPORT_NAME):
-            writer.copy(folder / name, name)
-    if (folder / INDEX_NAME).is_file() and len(_shards(pair)) > 0 and not (folder / "model.safetensors").is_file():
-        writer.copy(folder / INDEX_NAME, INDEX_NAME)
+    Returns:
+        Content by name: a file of the aligned model, or bytes.
+    """
+    folder = files_of(pair).folder
+    files: dict[str, Path | bytes] = {
+        name: folder / name for name in plan.files if name not in (CONFIG_NAME, REPORT_NAME)
+    }
+    if [shard.name for shard in shards_of(pair)] != [WEIGHTS_NAME]:
+        files[INDEX_NAME] = folder / INDEX_NAME
     stamped = {**model_config(folder), STAMP: stamp(pair.config, pair.aligned.reference, pair.factors.reference)}
-    writer.write(MODEL_CONFIG, _json(stamped))
-    writer.write(CONFIG_NAME, pair.config.to_json().encode())
-    writer.write(REPORT_NAME, report.to_json().encode())
+    files[MODEL_CONFIG] = (json.dumps(stamped, indent=2, ensure_ascii=False) + "\n").encode()
+    files[CONFIG_NAME] = pair.config.to_json().encode()
+    files[REPORT_NAME] = report.to_json().encode()
+    return files
 
 
-def _json(data: dict) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+def shards_of(pair: Pair) -> list[ShardLike]:
+    """The aligned model's weight files."""
+    return _source(pair).shards
 
 
-def _shards(pair: Pair) -> list[Shard]:
-    source = pair.aligned.source
-    if not isinstance(source, CheckpointSource):
-        raise CheckpointError("harden_checkpoint works on files; for a model in memory use apply_lox.")
-    return source.shards
-
-
-def _folder(pair: Pair) -> Path:
+def files_of(pair: Pair) -> Resolved:
+    """The aligned model's folder."""
     if pair.aligned.files is None:
-        raise CheckpointError("harden_checkpoint works on files; for a model in memory use apply_lox.")
-    return pair.aligned.files.folder
+        raise CheckpointError(NOT_ON_FILES)
+    return pair.aligned.files
+
+
+def _source(pair: Pair) -> ShardedSource:
+    if not isinstance(pair.aligned.source, ShardedSource):
+        raise CheckpointError(NOT_ON_FILES)
+    return pair.aligned.source
 
 
 def _inputs(pair: Pair) -> list[Path]:

@@ -70,7 +70,7 @@ def resolve(
     if folder.is_file():
         raise CheckpointError(f"'{name_or_path}' is a file; pass the folder that holds the checkpoint.")
     _must_be_hub_id(name_or_path)
-    _check_token(token)
+    check_token(token)
     import huggingface_hub
 
     with hub_errors(str(name_or_path), revision, repo_type=repo_type):
@@ -83,6 +83,45 @@ def resolve(
             ignore_patterns=OTHER_WEIGHTS,
         )
     return Resolved(Path(path), ModelReference(str(name_or_path), Path(path).name))
+
+
+def is_offline() -> bool:
+    """Whether the Hub's client has been told to stay offline (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def find_repository(
+    repo_id: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    files: list[str] = CHECKPOINT_FILES,
+) -> tuple[Resolved, frozenset[str]]:
+    """Pin a model on the Hub to its commit, and download what is not weights.
+
+    Args:
+        repo_id: Hub id.
+        revision: Revision on the Hub.
+        token: Hub token; None uses the stored login.
+        files: Patterns of the files that are wanted; safetensors files among them are not downloaded.
+
+    Returns:
+        The folder of small files with the reference, and the names of all files of that commit.
+
+    Raises:
+        CheckpointError: If there is no such repository or revision, or the Hub cannot be reached.
+    """
+    _must_be_hub_id(repo_id)
+    check_token(token)
+    import huggingface_hub
+
+    with hub_errors(str(repo_id), revision):
+        found = huggingface_hub.HfApi(token=token).model_info(str(repo_id), revision=revision)
+    names = frozenset(sibling.rfilename for sibling in found.siblings or [])
+    small = [pattern for pattern in files if pattern != "*.safetensors"]
+    return resolve(repo_id, revision=found.sha, token=token, files=small), names
 
 
 def fetch_file(
@@ -111,7 +150,7 @@ def fetch_file(
             )
         return path
     _must_be_hub_id(name_or_path)
-    _check_token(token)
+    check_token(token)
     import huggingface_hub
 
     with hub_errors(str(name_or_path), revision, file_name):
@@ -137,20 +176,26 @@ def push_folder(
         CheckpointError: If the Hub refuses or cannot be reached.
     """
     import huggingface_hub
-    from huggingface_hub import errors
 
-    _check_token(token)
-    try:
+    check_token(token)
+    with upload_errors(repo_id):
         api = huggingface_hub.HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(folder_path=str(folder), repo_id=repo_id, commit_message=message).commit_url)
+
+
+@contextmanager
+def upload_errors(repo_id: str) -> Iterator[None]:
+    """Turn the Hub client's errors in an upload into `CheckpointError` with a remedy."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.HFValidationError as error:
         raise CheckpointError(f"'{repo_id}' is not a Hub id such as 'org/model'.") from error
-    except (errors.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: the client's own for a failed upload
-        raise CheckpointError(
-            f"Cannot upload to '{repo_id}': {_reason(error)} Check that the Hub is in reach and that the token may "
-            "write there (`hf auth login`, `hf auth whoami`)."
-        ) from error
+    # RuntimeError is the client's own for a file that fails, ValueError for a card that the Hub does not take.
+    except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"Cannot upload to '{repo_id}': {_reason(error)} {_remedy(error)}") from error
 
 
 @contextmanager
@@ -192,16 +237,52 @@ def _reason(error: BaseException) -> str:
     """What went wrong at the root, as one sentence in one line: the Hub's own words, or else the client's."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
-        error = error.__cause__
+    error = _root(error)
     text = str(error)
     if isinstance(error, HfHubHTTPError) and error.server_message:
         text = f"HTTP {error.response.status_code}, {error.server_message}"
+    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text)  # what follows may be a signature
     return " ".join(text.split()).rstrip(".") + "."
 
 
-def _check_token(token: str | bool | None) -> None:
-    """Refuse what no header can carry: the client's own error would quote it."""
+def _remedy(error: BaseException) -> str:
+    """What to do after an upload that failed."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    root = _root(error)
+    status = root.response.status_code if isinstance(root, HfHubHTTPError) else 0
+    if status in (409, 412):
+        return "The repository was changed meanwhile, and nothing of this was published: push again."
+    if status == 429 or status >= 500:
+        return "Nothing was published. Wait a while and push again: large files that arrived are not sent again."
+    if status == 0 and not isinstance(root, ValueError):
+        return (
+            "Check that the Hub is in reach and that the token may write there (`hf auth login`, `hf auth whoami`), "
+            "and push again: large files that arrived are not sent again."
+        )
+    if status in (0, 400):
+        return "Nothing was published."
+    return (
+        "Check that the repository's name is right and that the token may write there (`hf auth login`, `hf auth "
+        "whoami`)."
+    )
+
+
+def _root(error: BaseException) -> BaseException:
+    """What a chain of errors began with: the Hub's answer, or what the machine said."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return error
+
+
+def check_token(token: str | bool | None) -> None:
+    """Refuse what no header can carry, of the stored login too: the client's own error would quote it."""
+    import huggingface_hub
+
+    if token is None or token is True:
+        token = huggingface_hub.get_token()
     if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
         raise ConfigError("The Hub token holds a space, a line break or a letter that no token has: pass it without.")
 

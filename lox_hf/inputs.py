@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from lox_hf.config import ALL_LINEAR, LoxConfig
 from lox_hf.edit import BaseFactors, FactorSource, check_something_changed, report_warnings
 from lox_hf.errors import CheckpointError, ConfigError
-from lox_hf.hub_files import BASE_FILES, CHECKPOINT_FILES, Resolved, fetch_file, resolve
+from lox_hf.hub_files import BASE_FILES, CHECKPOINT_FILES, Resolved, fetch_file, is_offline, resolve
 from lox_hf.provenance import STAMP, check_not_hardened
 from lox_hf.records import HardeningReport, ModelReference, TensorPlan, TensorReport
 from lox_hf.version import versions
 from lox_hf.weights.folder import CARD, check_dense, check_roles, model_config, named_base
 from lox_hf.weights.live import as_checkpoint, linear_modules, live_tensors, meta_model
+from lox_hf.weights.remote import open_remote
 from lox_hf.weights.selection import select
 from lox_hf.weights.source import CheckpointSource, DictSource, WeightSource
 
@@ -87,6 +88,7 @@ def open_pair(
     token: str | bool | None = None,
     trust_remote_code: bool = False,
     allow_repeat: bool = False,
+    stream_in: Path | None = None,
 ) -> Pair:
     """Open both sides, plan every tensor, and run every check that needs no numbers.
 
@@ -99,6 +101,8 @@ def open_pair(
         token: Hub token.
         trust_remote_code: Run modelling code of the aligned model's repository where "all-linear" needs it.
         allow_repeat: Accept an aligned model that is hardened already.
+        stream_in: Read models on the Hub tensor by tensor, with those in work in this folder, unless they are in the
+            Hub's cache; None downloads them into the cache.
 
     Returns:
         The pair.
@@ -112,7 +116,7 @@ def open_pair(
     """
     if config is None:
         config = base.config if isinstance(base, HasFactors) else LoxConfig()
-    ours = open_side(aligned, "aligned", revision=revision, token=token, files=CHECKPOINT_FILES)
+    ours = open_side(aligned, "aligned", revision=revision, token=token, files=CHECKPOINT_FILES, stream_in=stream_in)
     if not allow_repeat:
         check_not_hardened(_stamp(aligned, ours), ours.reference.name_or_path)
     if isinstance(base, HasFactors):
@@ -120,7 +124,15 @@ def open_pair(
         _warn_of_another_model(base.report.aligned, ours.reference)
     else:
         base, config, found_in = _named(base, config, aligned, ours, token)
-        theirs = open_side(base, "base", revision=config.revision, token=token, files=BASE_FILES, like=aligned)
+        theirs = open_side(
+            base,
+            "base",
+            revision=config.revision,
+            token=token,
+            files=BASE_FILES,
+            like=aligned,
+            stream_in=stream_in,
+        )
         if ours.files and theirs.files:
             check_roles(ours.files, theirs.files)
         factors = BaseFactors(theirs.source, config, theirs.reference)
@@ -167,6 +179,7 @@ def open_side(
     token: str | bool | None,
     files: list[str],
     like: ModelLike | None = None,
+    stream_in: Path | None = None,
 ) -> Side:
     """Open one model.
 
@@ -177,6 +190,7 @@ def open_side(
         token: Hub token.
         files: Patterns of the files to download.
         like: The loaded model whose fusing of weights a state dict shares.
+        stream_in: See `open_pair`.
 
     Returns:
         The side.
@@ -198,8 +212,12 @@ def open_side(
         raise ConfigError(
             f"The {role} model must be a folder, a Hub id, a loaded model or a state dict, got {type(model).__name__}."
         )
-    resolved = resolve(model, revision=revision, token=token, files=files)
     label = f"{role} '{model}'"
+    if stream_in is not None and not Path(model).expanduser().exists() and not is_offline():
+        resolved, source = open_remote(model, revision, token, label=label, work_dir=stream_in, files=files)
+        check_dense(resolved.folder, label)
+        return Side(source, resolved.reference, resolved)
+    resolved = resolve(model, revision=revision, token=token, files=files)
     check_dense(resolved.folder, label)
     return Side(CheckpointSource(resolved.folder, label), resolved.reference, resolved)
 

@@ -3,14 +3,18 @@
 It follows the Hub's HTTP interface for model repositories: uploads by preupload, LFS and one commit of JSON lines;
 downloads by info, tree and resolve, where a large file redirects to a store. Everything lies in memory. Ids of
 data sets begin with "datasets/", those of Spaces with "spaces/".
+
+A test can let things go wrong: `hub.fail("/commit/", status=412)` answers the next request of which the path matches
+with that status, `hub.fail("/store/", cut_after=100, method="PUT")` cuts its connection after so many bytes.
 """
 
 import base64
 import hashlib
 import json
 import re
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -24,9 +28,47 @@ ANY_ID = r"(?P<id>(?:datasets/|spaces/)?[\w.-]+/[\w.-]+)"
 class HubError(Exception):
     """An answer that is not 2xx, with the code by which the client tells errors apart."""
 
-    def __init__(self, status: int, code: str, message: str, **content: str) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, *, headers: dict[str, str] | None = None, **content: str
+    ) -> None:
         super().__init__(message)
-        self.status, self.code, self.content = status, code, content
+        self.status, self.code, self.content, self.headers = status, code, content, headers or {}
+
+
+@dataclass
+class Fault:
+    """What goes wrong with requests to come.
+
+    Attributes:
+        pattern: Regular expression that is searched in the path.
+        status: Status of the answer, which reaches no repository.
+        cut_after: Bytes after which the connection is cut, of the request's body or, where it has none, of the
+            answer's; None answers with the status.
+        method: Only requests of this method; empty for all.
+        skip: So many matching requests pass before.
+        times: So many requests fail.
+        retry_after: Content of Retry-After; empty for none.
+        message: What the Hub says of it.
+    """
+
+    pattern: str
+    status: int = 500
+    cut_after: int | None = None
+    method: str = ""
+    skip: int = 0
+    times: int = 1
+    retry_after: str = ""
+    message: str = "A fault of the test"
+
+    def takes(self, method: str, path: str) -> bool:
+        """Say whether a request fails by this fault, and count it."""
+        if self.times <= 0 or not re.search(self.pattern, path) or self.method not in ("", method):
+            return False
+        if self.skip > 0:
+            self.skip -= 1
+            return False
+        self.times -= 1
+        return True
 
 
 @dataclass
@@ -38,8 +80,9 @@ class Repo:
     refuses_uploads: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
-    def commit(self, changes: dict[str, bytes]) -> str:
+    def commit(self, changes: dict[str, bytes], deleted: Collection[str] = ()) -> str:
         files = {**(list(self.commits.values())[-1] if self.commits else {}), **changes}
+        files = {path: data for path, data in files.items() if path not in deleted}
         content = "".join(f"{path} {sha256(data)}\n" for path, data in sorted(files.items()))
         sha = hashlib.sha1(f"{len(self.commits)}\n{content}".encode()).hexdigest()
         self.commits[sha] = files
@@ -59,6 +102,8 @@ class FakeHub:
         token: The one token that logs in.
         repos: Repositories by id; tests may change them.
         requests: Method and path of every request, and whether it carried the token.
+        ranges: Path and Range header of every request for a part of a file.
+        faults: What goes wrong with requests to come; see `fail`.
     """
 
     def __init__(self, token: str) -> None:
@@ -66,6 +111,9 @@ class FakeHub:
         self.repos: dict[str, Repo] = {}
         self.store: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, bool]] = []
+        self.ranges: list[tuple[str, str]] = []
+        self.faults: list[Fault] = []
+        self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -85,6 +133,16 @@ class FakeHub:
         """Newest commit of a repository."""
         return self.repos[repo_id].at("main")[0]
 
+    def fail(self, pattern: str, **how: Any) -> Fault:
+        """Let requests to come fail, by the fields of `Fault`; its `times` says how many are still to come."""
+        self.faults.append(Fault(pattern, **how))
+        return self.faults[-1]
+
+    def fault_for(self, method: str, path: str) -> Fault | None:
+        """Find the fault by which a request fails."""
+        with self.lock:
+            return next((fault for fault in self.faults if fault.takes(method, path)), None)
+
 
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
@@ -100,17 +158,28 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_route(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.body = self.read_body()
         self.logged_in = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
         self.hub.requests.append((self.command, path, self.logged_in))
+        if "Range" in self.headers:
+            self.hub.ranges.append((path, self.headers["Range"]))
+        self.fault = self.hub.fault_for(self.command, path)
+        cut = self.fault.cut_after if self.fault else None
+        if cut is not None and self.command not in ("GET", "HEAD"):
+            self.rfile.read(min(cut, int(self.headers.get("Content-Length", cut))))
+            return self.hang_up()
+        self.body = self.read_body()
         try:
+            if self.fault and cut is None:
+                retry = {"Retry-After": self.fault.retry_after} if self.fault.retry_after else {}
+                raise HubError(self.fault.status, "", self.fault.message, headers=retry)
             for methods, pattern, answer in _ROUTES:
                 found = re.fullmatch(pattern, path)
                 if found and self.command in methods:
                     return answer(self, **found.groupdict())
             raise HubError(501, "NotImplemented", f"{self.command} {path} is not part of this stand-in")
         except HubError as error:
-            headers = {"X-Error-Code": error.code, "X-Error-Message": str(error)}
+            codes = {"X-Error-Code": error.code} if error.code else {}
+            headers = {**codes, "X-Error-Message": str(error), **error.headers}
             self.send(json.dumps({"error": str(error), **error.content}).encode(), error.status, headers)
 
     def read_body(self) -> bytes:
@@ -123,11 +192,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
+    def hang_up(self) -> None:
+        """Cut the connection."""
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
     def send(self, data: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
+        if self.fault and self.fault.cut_after is not None:
+            self.wfile.write(data[: self.fault.cut_after])
+            return self.hang_up()
         if self.command != "HEAD":
             self.wfile.write(data)
 
@@ -196,19 +273,24 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_json({})
 
     def commit(self, id: str, revision: str) -> None:
-        repo, changes = self.repo(id, write=True), {}
+        repo, changes, deleted = self.repo(id, write=True), {}, set()
         for line in self.body.splitlines():
             key, value = (json.loads(line)[name] for name in ("key", "value"))
+            if key == "header" and value.get("parentCommit") not in (None, self.hub.head(id)):
+                raise HubError(412, "", "A commit has happened since. Please refresh and try again.")
             if key == "file":
                 changes[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
                 changes[value["path"]] = self.hub.store[value["oid"]]
-        sha = repo.commit(changes)
+            elif key == "deletedFile":
+                deleted.add(value["path"])
+        sha = repo.commit(changes, deleted)
         self.send_json({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{id}/commit/{sha}"})
 
     def info(self, id: str, revision: str | None = None) -> None:
         sha, files = self.repo(id).at(revision or "main")
-        self.send_json({"id": id, "sha": sha, "siblings": [{"rfilename": path} for path in sorted(files)]})
+        siblings = [{"rfilename": path} for path in sorted(files)]
+        self.send_json({"id": id, "sha": sha, "private": self.repo(id).private, "siblings": siblings})
 
     def tree(self, id: str, revision: str) -> None:
         _, files = self.repo(id).at(revision)

@@ -66,13 +66,43 @@ def named_base(folder: Path) -> tuple[str, str] | None:
         name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         if isinstance(name, str) and name:
             return name, ADAPTER_CONFIG
-    named = _card_metadata(folder).get("base_model")
+    named = card_metadata(folder).get("base_model")
     names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
     if len(names) > 1:
         raise ConfigError(
             f"The card of {folder} names several bases, {names}: say which one with base_model_name_or_path."
         )
     return (str(names[0]), CARD) if names else None
+
+
+def card_metadata(folder: Path) -> dict[str, Any]:
+    """YAML front matter of the card; empty where there is none or it is not a mapping.
+
+    Args:
+        folder: Folder with the card.
+
+    Returns:
+        The metadata as the file has it.
+
+    Raises:
+        CheckpointError: If it is not YAML.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        return {}
+    found = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        data = yaml.safe_load(found.group(1)) if found else {}
+    except yaml.YAMLError as error:
+        raise CheckpointError(
+            f"The metadata of {path} is not YAML: {listing([str(error).splitlines()[0]])}"
+        ) from error
+    return data if isinstance(data, dict) else {}
+
+
+def named_relation(folder: Path) -> str:
+    """Return what the card says a model is to its base: its `base_model_relation`; empty where it does not say."""
+    return str(card_metadata(folder).get("base_model_relation") or "")
 
 
 def check_dense(folder: Path, label: str) -> None:
@@ -108,7 +138,7 @@ def check_roles(aligned: Resolved, base: Resolved) -> None:
         raise PairingError(f"Aligned and base are the same checkpoint, {aligned.folder}: nothing to extrapolate.")
     if STAMP in model_config(base.folder):
         raise PairingError(f"The base '{base.reference.name_or_path}' is itself hardened by LoX: are the two swapped?")
-    back = _card_metadata(base.folder).get("base_model")
+    back = card_metadata(base.folder).get("base_model")
     names = back if isinstance(back, list) else [back]
     if any(_same_model(name, aligned) for name in names if name):
         raise PairingError(
@@ -139,21 +169,6 @@ def side_files(folder: Path) -> tuple[list[Path], list[Path]]:
         stale = relative.suffix in WEIGHT_SUFFIXES or relative.name == CARD or relative.name.endswith(".index.json")
         (left_out if stale else copied).append(relative)
     return copied, left_out
-
-
-def _card_metadata(folder: Path) -> dict[str, Any]:
-    """YAML front matter of the card; empty where there is none or it is not a mapping."""
-    path = folder / CARD
-    if not path.is_file():
-        return {}
-    found = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    try:
-        data = yaml.safe_load(found.group(1)) if found else {}
-    except yaml.YAMLError as error:
-        raise CheckpointError(
-            f"The metadata of {path} is not YAML: {listing([str(error).splitlines()[0]])}"
-        ) from error
-    return data if isinstance(data, dict) else {}
 
 
 def _same_model(name: str, model: Resolved) -> bool:

@@ -33,8 +33,7 @@ def check_pairs(aligned: WeightSource, base: WeightSource, plans: list[TensorPla
         for problem in _problems(plan, ours[plan.name], theirs.get(plan.name), config, tables)
     ]
     problems += [
-        f"{name}: {info.shape}, only in base"
-        + (f' [tied head: pass exclude_modules=["{TIED_HEAD}"]]' if module_name(name) == TIED_HEAD else "")
+        f"{name}: {info.shape}, only in base{_tied_remedy(name)}"
         for name, info in theirs.items()
         if name not in ours and len(info.shape) > 1 and not _excused(name, config)
     ]
@@ -53,13 +52,18 @@ def _problems(
 ) -> Iterable[str]:
     if theirs is None:
         if plan.edit or (_is_floating(ours) and not _excused(plan.name, config)):
-            yield f"{plan.name}: missing in base"
+            yield f"{plan.name}: missing in base{_tied_remedy(plan.name)}"
     elif plan.edit and ours.shape != theirs.shape:
         resized = module_name(plan.name).rpartition(".")[2] in tables
         remedy = f" [resized vocabulary: pass exclude_modules={json.dumps(tables)}]" if resized else ""
         yield f"{plan.name}: {ours.shape} against {theirs.shape}{remedy}"
     elif plan.edit and ours.stored != theirs.stored and not _castable(theirs, config):
         yield f"{plan.name}: {ours.stored} against {theirs.stored} [another dtype: {_dtype_remedy(theirs)}]"
+
+
+def _tied_remedy(name: str) -> str:
+    """What to do where only one side has an output head of its own."""
+    return f' [tied head: pass exclude_modules=["{TIED_HEAD}"]]' if module_name(name) == TIED_HEAD else ""
 
 
 def _excused(name: str, config: LoxConfig) -> bool:

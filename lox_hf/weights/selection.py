@@ -1,8 +1,8 @@
 """Which tensors are edited, at which rank and alpha, and why; PEFT's matching rules on checkpoint names."""
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -47,6 +47,43 @@ def module_name(tensor_name: str) -> str:
     return tensor_name.removesuffix(".weight")
 
 
+class LayerPlace(NamedTuple):
+    """Where in the layers a module lies.
+
+    Attributes:
+        stack: What the layers are in, such as "model.layers"; a model may have several.
+        number: Number of the layer.
+        rest: The module's name within its layer, such as "self_attn.q_proj".
+    """
+
+    stack: str
+    number: int
+    rest: str
+
+
+def layer_place(module: str, layers_pattern: list[str] | str | None = None) -> LayerPlace | None:
+    """Find the layer a module lies in, by PEFT's rule: the first number that follows the name of a list of layers.
+
+    Args:
+        module: Name of the module.
+        layers_pattern: Names of lists of layers, as in `LoxConfig`; None takes any name.
+
+    Returns:
+        The place; None outside the layers.
+
+    Example:
+        >>> layer_place("model.layers.3.block_sparse_moe.experts.5.w1")
+        LayerPlace(stack='model.layers', number=3, rest='block_sparse_moe.experts.5.w1')
+    """
+    patterns = layers_pattern or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # Named, so that groups of the user's pattern do not shift them.
+        found = re.match(rf"(?P<stack>(?:|.*?\.)(?:{pattern}))\.(?P<number>\d+)\.(?P<rest>.*)", module)
+        if found:
+            return LayerPlace(found["stack"], int(found["number"]), found["rest"])
+    return None
+
+
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """How a tensor is read as matrices: (count, m, n).
 
@@ -86,17 +123,33 @@ def _decide(module: str, info: TensorInfo, config: LoxConfig, linear: frozenset[
         return False, "fewer than two dims"
     if info.dtype is not None and not info.dtype.is_floating_point:
         return False, "not floating point"
+    if why := why_left_out(module, config, linear):
+        return False, why
+    return True, "all tensors with two or more dims" if config.target_modules is None else "target"
+
+
+def why_left_out(module: str, config: LoxConfig, linear_modules: Collection[str] = ()) -> str:
+    """Say why the settings leave a module out, whatever its weights are; empty where they do not.
+
+    Args:
+        module: Name of the module.
+        config: What to edit.
+        linear_modules: Names of the linear modules but the head; only read for "all-linear".
+
+    Returns:
+        The reason.
+    """
     if matches(config.exclude_modules, module):
-        return False, "excluded"
+        return "excluded"
     if config.target_modules == ALL_LINEAR:
-        if module not in linear:
-            return False, "not a linear layer"
+        if module not in linear_modules:
+            return "not a linear layer"
     elif config.target_modules is not None and not matches(config.target_modules, module):
-        return False, "not a target"
+        return "not a target"
     by_full_name = isinstance(config.target_modules, list) and module in config.target_modules
     if not by_full_name and not _in_layers(module, config):  # as in PEFT, a full name needs no layer number
-        return False, "not in layers_to_transform"
-    return True, "all tensors with two or more dims" if config.target_modules is None else "target"
+        return "not in layers_to_transform"
+    return ""
 
 
 def matches(patterns: list[str] | str | None, module: str) -> bool:
@@ -109,13 +162,9 @@ def matches(patterns: list[str] | str | None, module: str) -> bool:
 
 
 def _layer(module: str, config: LoxConfig) -> int | None:
-    """Number of the layer a module lies in, by PEFT's rule; None outside the layers."""
-    patterns = config.layers_pattern or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
-        if found:
-            return int(found.group(1))
-    return None
+    """Number of the layer a module lies in; None outside the layers."""
+    place = layer_place(module, config.layers_pattern)
+    return None if place is None else place.number
 
 
 def _in_layers(module: str, config: LoxConfig) -> bool:

@@ -3,12 +3,14 @@
 import json
 import mmap
 import os
+import shutil
 import struct
 import sys
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,6 +61,47 @@ class Entry:
     stop: int
 
 
+class ShardLike(Protocol):
+    """One safetensors file, wherever it lies."""
+
+    entries: dict[str, Entry]
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        ...
+
+    @property
+    def header(self) -> memoryview:
+        """The header as written, with its length in front."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the file."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor, as a view where that is possible."""
+        ...
+
+    def raw(self, name: str) -> memoryview:
+        """Return a tensor's bytes."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write the whole file to disk."""
+        ...
+
+    def prefetch(self, name: str) -> None:
+        """Hint that a tensor is needed soon."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Hint that a tensor is not needed any more."""
+        ...
+
+
 class Shard:
     """A safetensors file, validated by the safetensors library and then mapped.
 
@@ -76,9 +119,7 @@ class Shard:
                 pass
             self._fd = os.open(path, os.O_RDONLY)  # stays open for read-ahead
             weakref.finalize(self, os.close, self._fd)
-            self._map = mmap.mmap(
-                self._fd, 0, flags=mmap.MAP_PRIVATE | NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-            )
+            self._map = map_file(self._fd)
             self.header_bytes = 8 + struct.unpack("<Q", self._map[:8])[0]
             header = json.loads(self._map[8 : self.header_bytes])
         except (SafetensorError, OSError, ValueError, struct.error) as error:
@@ -96,6 +137,21 @@ class Shard:
             for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"])
         }
 
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return self.path.name
+
+    @property
+    def header(self) -> memoryview:
+        """The header as written, with its length in front."""
+        return memoryview(self._map)[: self.header_bytes]
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the file."""
+        return len(self._map)
+
     def tensor(self, name: str) -> Tensor:
         """Return a tensor as a view of the mapped file.
 
@@ -103,17 +159,16 @@ class Shard:
             UnsupportedModelError: If torch has no dtype for it.
         """
         entry = self.entries[name]
-        if entry.dtype not in DTYPES:
-            raise UnsupportedModelError(f"{name} in {self.path} is stored as {entry.dtype}, which is not supported.")
-        dtype = DTYPES[entry.dtype]
-        if entry.start == entry.stop:
-            return torch.empty(entry.shape, dtype=dtype)
-        count = (entry.stop - entry.start) // dtype.itemsize
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
+        return view(self._map, entry, entry.start, f"{name} in {self.path}")
 
-    def bytes(self, start: int, stop: int) -> memoryview:
-        """Return raw bytes of the file without copying them."""
-        return memoryview(self._map)[start:stop]
+    def raw(self, name: str) -> memoryview:
+        """Return a tensor's bytes without copying them."""
+        entry = self.entries[name]
+        return memoryview(self._map)[entry.start : entry.stop]
+
+    def save(self, path: Path) -> None:
+        """Copy the whole file."""
+        shutil.copyfile(self.path, path)
 
     def prefetch(self, name: str) -> None:
         """Ask the kernel to read a tensor's pages ahead; unlike madvise, this call lets other threads run."""
@@ -127,3 +182,32 @@ class Shard:
         start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
         if entry.stop > start:
             self._map.madvise(mmap.MADV_DONTNEED, start, entry.stop - start)
+
+
+def map_file(fd: int) -> mmap.mmap:
+    """Map an open file whole; nothing that is written to the mapping reaches the file."""
+    return mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE | NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def view(mapped: mmap.mmap | None, entry: Entry, offset: int, label: str) -> Tensor:
+    """Return a tensor as a view of a mapped file.
+
+    Args:
+        mapped: The mapping; None for a tensor without numbers.
+        entry: Dtype and shape of the tensor.
+        offset: Where it begins in the mapping.
+        label: How messages call it.
+
+    Returns:
+        The view.
+
+    Raises:
+        UnsupportedModelError: If torch has no dtype for it.
+    """
+    if entry.dtype not in DTYPES:
+        raise UnsupportedModelError(f"{label} is stored as {entry.dtype}, which is not supported.")
+    dtype = DTYPES[entry.dtype]
+    if mapped is None or entry.start == entry.stop:
+        return torch.empty(entry.shape, dtype=dtype)
+    count = (entry.stop - entry.start) // dtype.itemsize
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).view(entry.shape)

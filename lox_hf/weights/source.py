@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lox_hf.errors import CheckpointError, listing
-from lox_hf.weights.shard import DTYPES, Shard
+from lox_hf.weights.shard import DTYPES, Shard, ShardLike
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,17 @@ class WeightSource(Protocol):
         ...
 
 
-class CheckpointSource:
-    """The safetensors files of a checkpoint folder.
+class ShardedSource:
+    """The tensors of safetensors files.
 
     Args:
-        folder: Folder with `model.safetensors`, or shards and their index.
-        label: How messages call it, such as "aligned 'org/model'".
-
-    Raises:
-        CheckpointError: If there are no safetensors files, one is damaged, or the index does not match the shards.
+        shards: The files, in order.
+        label: How messages call the model.
     """
 
-    def __init__(self, folder: Path, label: str) -> None:
-        self.folder, self.label = folder, label
-        self.shards = [Shard(folder / name) for name in shard_names(folder, label)]
+    def __init__(self, shards: Sequence[ShardLike], label: str) -> None:
+        self.shards, self.label = list(shards), label
         self._shard_of = {name: shard for shard in self.shards for name in shard.entries}
-        self._check_index()
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Shape and dtype of every tensor, in file order."""
@@ -91,28 +86,40 @@ class CheckpointSource:
         }
 
     def get(self, name: str) -> Tensor:
-        """Return a tensor as a view of the mapped file."""
+        """Return a tensor, as a view of a mapped file."""
         return self._shard_of[name].tensor(name)
 
+    def raw(self, name: str) -> memoryview:
+        """Return a tensor's bytes without copying them."""
+        return self._shard_of[name].raw(name)
+
     def prefetch(self, name: str) -> None:
-        """Ask the kernel to read a tensor's pages ahead."""
+        """Have a tensor on its way."""
         self._shard_of[name].prefetch(name)
 
     def release(self, name: str) -> None:
-        """Let go of a tensor's pages."""
+        """Let go of a tensor."""
         self._shard_of[name].release(name)
 
-    def _check_index(self) -> None:
-        if (self.folder / WEIGHTS_NAME).is_file():
+    def check_index(self, folder: Path) -> None:
+        """Check that the index names every tensor's file, and no other.
+
+        Args:
+            folder: Folder with the index; a single file has none.
+
+        Raises:
+            CheckpointError: If it does not match the shards.
+        """
+        if [shard.name for shard in self.shards] == [WEIGHTS_NAME]:
             return
-        weight_map = read_json(self.folder / INDEX_NAME)["weight_map"]
+        weight_map = read_json(folder / INDEX_NAME)["weight_map"]
         problems = [
             f"{name}: the index says {shard}, the file does not hold it"
             for name, shard in weight_map.items()
-            if name not in self._shard_of or self._shard_of[name].path.name != shard
+            if name not in self._shard_of or self._shard_of[name].name != shard
         ]
         problems += [
-            f"{name}: in {self._shard_of[name].path.name}, but not in the index"
+            f"{name}: in {self._shard_of[name].name}, but not in the index"
             for name in self._shard_of
             if name not in weight_map
         ]
@@ -122,6 +129,22 @@ class CheckpointSource:
                 + listing(problems)
                 + " Download the checkpoint again, or save it again with save_pretrained."
             )
+
+
+class CheckpointSource(ShardedSource):
+    """The safetensors files of a checkpoint folder.
+
+    Args:
+        folder: Folder with `model.safetensors`, or shards and their index.
+        label: How messages call it, such as "aligned 'org/model'".
+
+    Raises:
+        CheckpointError: If there are no safetensors files, one is damaged, or the index does not match the shards.
+    """
+
+    def __init__(self, folder: Path, label: str) -> None:
+        super().__init__([Shard(folder / name) for name in shard_names(folder, label)], label)
+        self.check_index(folder)
 
 
 class DictSource:
@@ -170,12 +193,13 @@ def weights_sample(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def shard_names(folder: Path, label: str) -> list[str]:
+def shard_names(folder: Path, label: str, there: Collection[str] | None = None) -> list[str]:
     """Names of a checkpoint's safetensors files: the single file, or the shards in the order of the index.
 
     Args:
         folder: Checkpoint folder.
         label: How messages call it.
+        there: Names of the files that there are; None takes those in the folder.
 
     Returns:
         File names.
@@ -183,9 +207,11 @@ def shard_names(folder: Path, label: str) -> list[str]:
     Raises:
         CheckpointError: If there are none, with the reason.
     """
-    if (folder / WEIGHTS_NAME).is_file():
+    if there is None:
+        there = {path.name for path in folder.glob("*") if path.is_file()}
+    if WEIGHTS_NAME in there:
         return [WEIGHTS_NAME]
-    if (folder / INDEX_NAME).is_file():
+    if INDEX_NAME in there:
         weight_map = read_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not {type(name) for name in weight_map.values()} == {str}:
             raise CheckpointError(
@@ -193,18 +219,18 @@ def shard_names(folder: Path, label: str) -> list[str]:
             )
         names = sorted(set(weight_map.values()))
         outside = [name for name in names if Path(name).name != name]
-        missing = [name for name in names if name not in outside and not (folder / name).is_file()]
+        missing = [name for name in names if name not in outside and name not in there]
         if outside or missing:
             raise CheckpointError(
                 f"The index of {label} names files that are not in {folder}: {listing(outside + missing)}"
             )
         return names
-    if (folder / ADAPTER_CONFIG).is_file():
+    if ADAPTER_CONFIG in there:
         raise CheckpointError(
             f"{label} is a PEFT adapter; a full checkpoint is needed here. Load it with its base model, and save what "
             "merge_and_unload() returns."
         )
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    pickles = sorted(name for name in there if Path(name).suffix in PICKLES)
     if pickles:
         raise CheckpointError(
             f"{label} has pickle files only ({listing(pickles)}), which can run code when they are read. Convert it "

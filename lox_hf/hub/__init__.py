@@ -1,0 +1,1 @@
+"""The Hub: what is published with which card, and what a published model says of itself."""
