@@ -12,16 +12,22 @@ __all__ = [
     "AccuracyReport",
     "AlreadyHardenedError",
     "Attack",
+    "AutoConfig",
+    "AutoReport",
     "CheckpointError",
     "ClassifierJudge",
     "ConfigError",
     "ControlTraining",
+    "DivergenceReport",
     "DriftReading",
     "Endpoint",
     "EndpointError",
     "HardeningPlan",
     "HardeningReport",
     "JudgeAgreement",
+    "Landscape",
+    "LayerMap",
+    "Limit",
     "LoxCallback",
     "LoxConfig",
     "LoxError",
@@ -34,6 +40,8 @@ __all__ = [
     "ProbeReading",
     "Prompt",
     "PromptError",
+    "PushReport",
+    "RankCurve",
     "Rate",
     "RefusalJudge",
     "RubricJudge",
@@ -41,6 +49,8 @@ __all__ = [
     "SafetyProbe",
     "SafetyReport",
     "SafetySubspace",
+    "Score",
+    "Selection",
     "StressConfig",
     "StressPlan",
     "StressReport",
@@ -49,26 +59,39 @@ __all__ = [
     "TrainingReading",
     "UnsupportedModelError",
     "Verdict",
+    "VerificationReport",
     "__version__",
     "agreement",
+    "answer_reference",
     "apply_lox",
     "attack_success_rate",
+    "auto_harden",
     "compare",
+    "divergence",
     "evaluate_safety",
     "extract_lox_adapter",
     "get_attack",
     "get_lox_model",
     "gsm8k_accuracy",
     "harden_checkpoint",
+    "harden_to_hub",
     "hardening_report",
+    "landscape",
+    "layer_map",
     "load_metric",
     "load_prompts",
+    "load_report",
     "perplexity",
     "plan_hardening",
     "plan_stress",
+    "plan_to_hub",
+    "push_to_hub",
+    "rank_curve",
     "read_drift",
     "revert_lox",
+    "select",
     "stress_test",
+    "verify",
 ]
 
 _HOMES = {
@@ -76,6 +99,13 @@ _HOMES = {
         "extract_lox_adapter",
         "get_lox_model",
     ),
+    "analysis.landscape": ("landscape",),
+    "analysis.layers": ("layer_map",),
+    "analysis.rank_curve": ("rank_curve",),
+    "analysis.select": ("select",),
+    "auto.run": ("auto_harden",),
+    "auto.settings": ("AutoConfig",),
+    "evaluation.divergence": ("answer_reference", "divergence"),
     "apply": (
         "apply_lox",
         "hardening_report",
@@ -116,26 +146,43 @@ _HOMES = {
         "harden_checkpoint",
         "plan_hardening",
     ),
+    "hub.push": ("push_to_hub",),
+    "hub.reports": ("load_report",),
+    "hub.stream": (
+        "harden_to_hub",
+        "plan_to_hub",
+    ),
+    "hub.verify": ("verify",),
     "metrics": ("load_metric",),
     "records": (
         "AccuracyReport",
+        "AutoReport",
+        "DivergenceReport",
         "DriftReading",
         "HardeningPlan",
         "HardeningReport",
         "JudgeAgreement",
+        "Landscape",
+        "LayerMap",
+        "Limit",
         "ModelReference",
         "PairedDifference",
         "PerplexityReport",
         "ProbeReading",
+        "PushReport",
+        "RankCurve",
         "Rate",
         "SafetyComparison",
         "SafetyReport",
+        "Score",
+        "Selection",
         "StressPlan",
         "StressReport",
         "TensorPlan",
         "TensorReport",
         "TrainingReading",
         "Verdict",
+        "VerificationReport",
     ),
     "robustness.attacks.recipe": ("Attack",),
     "robustness.attacks.rows": ("get_attack",),
@@ -152,7 +199,13 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
     from lox_hf.adapter import extract_lox_adapter, get_lox_model
+    from lox_hf.analysis.landscape import landscape
+    from lox_hf.analysis.layers import layer_map
+    from lox_hf.analysis.rank_curve import rank_curve
+    from lox_hf.analysis.select import select
     from lox_hf.apply import apply_lox, hardening_report, revert_lox
+    from lox_hf.auto.run import auto_harden
+    from lox_hf.auto.settings import AutoConfig
     from lox_hf.config import LoxConfig
     from lox_hf.errors import (
         AlreadyHardenedError,
@@ -169,6 +222,7 @@ if TYPE_CHECKING:
     from lox_hf.evaluation.asr import attack_success_rate
     from lox_hf.evaluation.comparison import agreement, compare
     from lox_hf.evaluation.data.prompts import Prompt, load_prompts
+    from lox_hf.evaluation.divergence import answer_reference, divergence
     from lox_hf.evaluation.judges.classifier import ClassifierJudge
     from lox_hf.evaluation.judges.refusal import RefusalJudge
     from lox_hf.evaluation.judges.rubric import RubricJudge
@@ -176,26 +230,40 @@ if TYPE_CHECKING:
     from lox_hf.evaluation.safety import evaluate_safety
     from lox_hf.evaluation.utility import gsm8k_accuracy, perplexity
     from lox_hf.harden import harden_checkpoint, plan_hardening
+    from lox_hf.hub.push import push_to_hub
+    from lox_hf.hub.reports import load_report
+    from lox_hf.hub.stream import harden_to_hub, plan_to_hub
+    from lox_hf.hub.verify import verify
     from lox_hf.metrics import load_metric
     from lox_hf.records import (
         AccuracyReport,
+        AutoReport,
+        DivergenceReport,
         DriftReading,
         HardeningPlan,
         HardeningReport,
         JudgeAgreement,
+        Landscape,
+        LayerMap,
+        Limit,
         ModelReference,
         PairedDifference,
         PerplexityReport,
         ProbeReading,
+        PushReport,
+        RankCurve,
         Rate,
         SafetyComparison,
         SafetyReport,
+        Score,
+        Selection,
         StressPlan,
         StressReport,
         TensorPlan,
         TensorReport,
         TrainingReading,
         Verdict,
+        VerificationReport,
     )
     from lox_hf.robustness.attacks.recipe import Attack
     from lox_hf.robustness.attacks.rows import get_attack

@@ -12,6 +12,8 @@ from lox_hf.errors import CheckpointError, ConfigError
 
 CONFIG_NAME = "lox_config.json"
 ALL_LINEAR = "all-linear"
+REGEX_SIGNS = re.compile(r"[\\^$*+?{}\[\]|()]")
+"""A word with one of these is a regular expression; without them, the name of a module."""
 
 
 @dataclass
@@ -159,11 +161,13 @@ class LoxConfig:
         token: str | bool | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Upload `lox_config.json` to a Hub model repository, which is made if needed.
+        """Upload `lox_config.json` to a Hub model repository, which is made if needed, as PEFT does with a config.
+
+        A hardened model is published with its card by `lox_hf.push_to_hub`, which makes the repository private.
 
         Args:
             repo_id: Hub id.
-            private: Whether a new repository is private.
+            private: Whether a new repository is private; None leaves that to the Hub's settings of its owner.
             token: Hub token; None uses the stored login.
             commit_message: Message of the commit.
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from lox_hf.errors import OutputError
 from lox_hf.progress import progress_bar
 from lox_hf.records import JsonRecord
-from lox_hf.run_folder import RunFolder
+from lox_hf.run_folder import RunFolder, differences
 from lox_hf.workers import Workers, hear_warnings, result_of
 
 Result = TypeVar("Result", bound=JsonRecord)
@@ -114,11 +114,9 @@ class Runner(Generic[Result]):
             raise OutputError(f"{path} is damaged: remove it, and the run makes it anew.") from error
         wanted = json.loads(json.dumps(job.settings()))
         if settings != wanted:
-            names = [name for name in {**settings, **wanted} if settings.get(name) != wanted.get(name)]
-            differing = "; ".join(f"{name}: {settings.get(name)!r} there, {wanted.get(name)!r} now" for name in names)
             raise OutputError(
-                f"The output {self.folder.folder} holds {job.path} with other settings ({differing:.600}): choose "
-                "another folder, or take back the change."
+                f"The output {self.folder.folder} holds {job.path} with other settings "
+                f"({differences(settings, wanted)}): choose another folder, or take back the change."
             )
         return result
 

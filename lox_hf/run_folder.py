@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -12,8 +13,9 @@ from typing import Any, Self
 from lox_hf.errors import OutputError
 
 RUN_NAME = "run.json"
-# Two hashes say nothing to a reader.
-WEIGHTS = re.compile(r"weights_sample: \S+ there, \S+ now")
+HASH = re.compile(r"[0-9a-f]{16,}")
+MOST_SHOWN = 600
+"""Characters of what differs that a message shows."""
 
 
 class RunFolder:
@@ -37,6 +39,7 @@ class RunFolder:
         self.folder = None if folder is None else Path(folder).expanduser().absolute()
         self.settings = settings
         self.kept: dict[str, Any] = {}
+        self._texts: dict[str, str] = {}
         self._lock: int | None = None
         self._journals: list[Journal] = []
 
@@ -108,6 +111,7 @@ class RunFolder:
             OutputError: If the disk does not take it.
         """
         if self.folder is None:
+            self._texts[name] = text
             return
         target = self.folder / name
         partial = target.with_name(f".{target.name}.partial")
@@ -124,9 +128,11 @@ class RunFolder:
             raise self._unwritable(error) from error
 
     def read(self, name: str) -> str:
-        """Read a whole file of an earlier process; empty where there is none."""
-        path = None if self.folder is None else self.folder / name
-        return path.read_text(encoding="utf-8") if path and path.exists() else ""
+        """Read a whole file of this or an earlier process; empty where there is none."""
+        if self.folder is None:
+            return self._texts.get(name, "")
+        path = self.folder / name
+        return path.read_text(encoding="utf-8") if path.exists() else ""
 
     def _take_lock(self, folder: Path) -> None:
         self._lock = os.open(folder, os.O_RDONLY)
@@ -146,12 +152,10 @@ class RunFolder:
         except (ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{path} is not a run's settings: choose another folder, or remove it.") from error
         wanted = json.loads(json.dumps(self.settings))  # as JSON gives it back
-        names = [name for name in {**settings, **wanted} if settings.get(name) != wanted.get(name)]
-        if names and self._is_empty(path.parent):
+        differing = differences(settings, wanted)
+        if differing and self._is_empty(path.parent):
             self._write_settings()  # a run that got nowhere holds nothing that could be mixed up
-        elif names:
-            differing = "; ".join(f"{n}: {settings.get(n)!r} there, {wanted.get(n)!r} now" for n in names)
-            differing = WEIGHTS.sub("the weights: another model's", differing)
+        elif differing:
             raise OutputError(
                 f"The output {path.parent} holds a run with other settings ({differing}): choose another folder."
             )
@@ -172,6 +176,42 @@ class RunFolder:
 
     def _unwritable(self, error: OSError) -> OutputError:
         return OutputError(f"The output {self.folder} cannot be written: {error.strerror or error}.")
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say how the settings of a run, or of one of its results, differ from those of now; empty where they do not.
+
+    Args:
+        there: Settings in the folder, as JSON gives them back.
+        now: The same of this run. Under "weights" stand hashes by model.
+
+    Returns:
+        What differs and how; of hashes, which say nothing to a reader, only what they are of.
+
+    Example:
+        >>> differences({"n": 5, "weights": {"base": "0" * 16}}, {"n": 6, "weights": {"base": "1" * 16}})
+        'n: 5 there, 6 now; the weights of base have changed since, or are of another model'
+    """
+    words = "; ".join(_differing(there, now))
+    return words if len(words) <= MOST_SHOWN else f"{words[:MOST_SHOWN]} ..."
+
+
+def _differing(there: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """What differs, entry by entry; of settings within settings only those that do."""
+    for name in {**there, **now}:
+        old, new, whole = there.get(name), now.get(name), f"{place}{name}"
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differing(old, new, f"{whole}.")
+        elif not all(isinstance(value, str) and HASH.fullmatch(value) for value in (old, new)):
+            yield f"{whole}: {old!r} there, {new!r} now"
+        elif whole == "weights_sample":
+            yield "the weights: another model's"
+        elif place == "weights.":
+            yield f"the weights of {name} have changed since, or are of another model"
+        else:
+            yield f"{whole}: its content has changed since"
 
 
 class Journal:

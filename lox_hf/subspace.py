@@ -210,7 +210,8 @@ class SafetySubspace:
         writer = FolderWriter(save_directory)
         writer.check(sum(tensor.nbytes for tensor in tensors.values()), [])
         with writer:
-            metadata = {"format": "pt", "matrices": json.dumps(list(self.factors))}
+            # One key: of several safetensors writes the order at random, and files of equal content would differ.
+            metadata = {"matrices": json.dumps(list(self.factors))}
             with output_errors(writer.output):
                 save_file(tensors, writer.partial / SUBSPACE_NAME, metadata=metadata)
             writer.write(CONFIG_NAME, self.config.to_json().encode())
@@ -225,11 +226,13 @@ class SafetySubspace:
         token: str | bool | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Upload the three files to a Hub model repository, which is made if needed, in one commit.
+        """Upload the three files to a Hub model repository, which is made if needed, in one commit, as PEFT does.
+
+        `lox_hf.push_to_hub` takes a saved subspace too: it adds a card, and makes the repository private.
 
         Args:
             repo_id: Hub id.
-            private: Whether a new repository is private.
+            private: Whether a new repository is private; None leaves that to the Hub's settings of its owner.
             token: Hub token; None uses the stored login.
             commit_message: Message of the commit.
 

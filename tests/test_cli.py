@@ -30,28 +30,10 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: it holds `aligned` and `base`, and the card of `aligned` names `base`."""
-    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "aligned" / "README.md").write_text("---\nlicense: mit\nbase_model: base\n---\n# A card\n")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process; gives the exit code, and what stands on standard output and error."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as end:  # argparse's own mistakes
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+def here(here: Path) -> Path:
+    """The working directory: the card of `aligned` names `base`."""
+    (here / "aligned" / "README.md").write_text("---\nlicense: mit\nbase_model: base\n---\n# A card\n")
+    return here
 
 
 def row(output: str, name: str) -> str:

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 import zoo
 from drift_oracle import Expected, expected_drift, fine_tune
 from lox_hf import LoxConfig, SafetySubspace, apply_lox
-from lox_hf.cli.main import main
 from lox_hf.training.monitor import read_drift
 from test_bad_input import contents
 
@@ -40,23 +39,10 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "aligned" / "README.md").write_text("---\nbase_model: base\n---\n# A card\n")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process; gives the exit code, and what stands on standard output and error."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return run
+def here(here: Path) -> Path:
+    """The working directory: the card of `aligned` names `base`."""
+    (here / "aligned" / "README.md").write_text("---\nbase_model: base\n---\n# A card\n")
+    return here
 
 
 def expected(here: Path, *, names: str = "", k: int = R) -> Expected:

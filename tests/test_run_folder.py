@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lox_hf.errors import OutputError
-from lox_hf.run_folder import RUN_NAME, Journal, RunFolder
+from lox_hf.run_folder import RUN_NAME, Journal, RunFolder, differences
 
 SETTINGS = {"model": "a", "tokens": 60, "layers": (1, 2)}
 
@@ -106,6 +106,21 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"holds something else \(thesis.tex\)"), RunFolder(tmp_path, {}):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_differs_is_said_in_words() -> None:
+    hashes = ["0123456789abcdef", "fedcba9876543210"]
+    there, now = (
+        {"weights": {"aligned": hashes[0], "base": found}, "measure": {"n": n, "judge": "refusal", "rows": found}}
+        for found, n in zip(hashes, (8, 9), strict=True)
+    )
+    assert differences(there, now) == (
+        "the weights of base have changed since, or are of another model; measure.n: 8 there, 9 now; "
+        "measure.rows: its content has changed since"
+    )
+    assert differences(there, there) == ""
+    assert differences({"a": {"b": 1}}, {"a": None}) == "a: {'b': 1} there, None now"
+    assert len(differences({"a": "x" * 9000}, {})) < 700
 
 
 def test_a_file_in_the_way_and_a_folder_without_permission(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from lox_hf import StressPlan
-from lox_hf.cli.main import main
 from robustness.tiny_pair import make_model, save_pair, write_rows
 from test_bad_input import contents, nothing_lost
 
@@ -59,25 +58,11 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: it holds `aligned`, `base`, and files of rows."""
-    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process; gives the exit code, standard output and standard error."""
+def call(run: Run) -> Run:
+    """Runs the command in a working directory with `aligned`, `base`, and files of rows."""
 
     def call(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main(["stress", *words])
-        except SystemExit as end:  # argparse's own mistakes
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
+        return run("stress", *words)
 
     return call
 

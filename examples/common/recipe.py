@@ -61,9 +61,7 @@ class Recipe:
 
     def with_steps(self, base: int, alignment: int) -> Recipe:
         """Return the same with other numbers of optimiser steps."""
-        return replace(
-            self, base=replace(self.base, steps=base), alignment=replace(self.alignment, steps=alignment)
-        )
+        return replace(self, base=replace(self.base, steps=base), alignment=replace(self.alignment, steps=alignment))
 
 
 # Forty seconds on one core.

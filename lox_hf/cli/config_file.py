@@ -16,11 +16,12 @@ BASE_60 = ("tag:yaml.org,2002:str", re.compile(r"[-+]?\d+(:\d+)+(\.\d*)?$"))
 """YAML reads 6:1.25 as a number to the base 60; a rank and an alpha are a text."""
 
 
-def merge_file(options: argparse.Namespace) -> argparse.Namespace:
+def merge_file(options: argparse.Namespace, instead_of_model: str | None = None) -> argparse.Namespace:
     """Fill what the command line left open from the YAML file, and settle which model is meant.
 
     Args:
         options: Parsed command line.
+        instead_of_model: An option that makes a model needless, such as "subspace".
 
     Returns:
         The same options, complete.
@@ -37,10 +38,12 @@ def merge_file(options: argparse.Namespace) -> argparse.Namespace:
             raise ConfigError(f"{options.config} has an unknown key '{key}'; known are {sorted(known)}.")
         if getattr(options, name) is None:
             setattr(options, name, _typed(options.parser, name, value))
+    if not hasattr(options, "model_position"):  # a command about several models
+        return options
     if options.model and options.model_position and options.model != options.model_position:
         raise ConfigError(f"Two models are named, '{options.model_position}' and '{options.model}': name one.")
     options.model = options.model or options.model_position
-    if not options.model:
+    if not options.model and not (instead_of_model and getattr(options, instead_of_model)):
         raise ConfigError(
             "No model is named: put MODEL, a folder or a Hub id, first. An option that takes several values takes "
             "every word after it; --model MODEL works anywhere."

@@ -7,28 +7,65 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lox_hf.cli import adapter, asr, demo, drift, harden, stress, subspace, utility
+from lox_hf.cli import (
+    adapter,
+    asr,
+    auto,
+    demo,
+    drift,
+    harden,
+    landscape,
+    layers,
+    plot,
+    push,
+    push_metric,
+    rank_curve,
+    select,
+    stress,
+    subspace,
+    utility,
+    verify,
+)
 from lox_hf.errors import LoxError
 from lox_hf.version import __version__
 
-COMMANDS = (harden, adapter, subspace, drift, asr, utility, stress, demo)
+COMMANDS = (
+    auto,
+    harden,
+    adapter,
+    subspace,
+    layers,
+    drift,
+    rank_curve,
+    select,
+    landscape,
+    asr,
+    utility,
+    stress,
+    plot,
+    push,
+    push_metric,
+    verify,
+    demo,
+)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "lox-hf") -> int:
     """Run one command.
 
     Args:
         arguments: Words of the command line; None takes those of the process.
+        prog: What the command is called.
 
     Returns:
         Exit code: 0, or 2 for a mistake that the message explains.
     """
     parser = argparse.ArgumentParser(
-        prog="lox-hf",
+        prog=prog,
         description="Harden safety-aligned language models against losing their safety in fine-tuning (LoX).",
         epilog="LoX raises the cost of losing safety, it does not make a model safe. Measure before you publish.",
     )
-    parser.add_argument("--version", action="version", version=f"lox-hf {__version__}")
+    parser.add_argument("--version", action="version", version=f"{prog} {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
@@ -37,26 +74,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _teller()
+            warnings.showwarning = _teller(prog)
             return options.func(options) or 0
     except LoxError as error:
-        print(f"lox-hf: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"lox-hf: interrupted, {options.interrupted}", file=sys.stderr)
+        print(f"{prog}: interrupted, {options.interrupted}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output has enough of it; at exit Python would flush into the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
-def _teller() -> Callable[..., None]:
+def _teller(prog: str) -> Callable[..., None]:
     """Shows a warning for users as one line, once, however often it is given; the others are for who writes code."""
     told = set()
 
     def tell(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if issubclass(category, UserWarning) and str(message) not in told:
             told.add(str(message))
-            print(f"lox-hf: warning: {message}", file=sys.stderr)
+            print(f"{prog}: warning: {message}", file=sys.stderr)
 
     return tell

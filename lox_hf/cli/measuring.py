@@ -14,11 +14,12 @@ PLAIN = (
 )
 
 
-def add_measuring_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+def add_measuring_options(parser: argparse.ArgumentParser, *, n: str = "all") -> "argparse._ArgumentGroup":
     """Add the options; `--batch-size` is one of those that say how a model is loaded.
 
     Args:
         parser: The command's parser.
+        n: How many prompts of a set are taken by default, for the help.
 
     Returns:
         Their group, for what a command has beside them.
@@ -31,7 +32,7 @@ def add_measuring_options(parser: argparse.ArgumentParser) -> "argparse._Argumen
         metavar="FILE|NAME",
         help=f"prompt sets; rows labelled safe measure over-refusal (default: {' '.join(PROMPTS)})",
     )
-    add("--n", type=int, metavar="N", help="the first N prompts of each set only (default: all)")
+    add("--n", type=int, metavar="N", help=f"the first N prompts of each set only (default: {n})")
     add("--judge", metavar="JUDGE", help="refusal, classifier:ID or rubric:MODEL (default: refusal)")
     add("--template", choices=("auto", "chat", "alpaca", "none"), help="how a prompt is put (default: auto)")
     add("--system-prompt", metavar="TEXT", help="a system turn before every prompt")

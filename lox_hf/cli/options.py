@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from lox_hf.cli.words import parse_words
-from lox_hf.config import ALL_LINEAR, LoxConfig
+from lox_hf.config import ALL_LINEAR, REGEX_SIGNS, LoxConfig
 from lox_hf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,9 +52,6 @@ class CallOptions(TypedDict):
     base_model: "SafetySubspace | None"
 
 
-REGEX_SIGNS = re.compile(r"[\\^$*+?{}\[\]|()]")
-
-
 def add_model_options(parser: argparse.ArgumentParser, *, model: str, output: str) -> None:
     """Add what every command takes: a model, an output, a file of options.
 
@@ -66,6 +63,16 @@ def add_model_options(parser: argparse.ArgumentParser, *, model: str, output: st
     parser.add_argument("model_position", nargs="?", metavar="MODEL", help=f"{model}: folder or Hub id")
     parser.add_argument("--model", metavar="MODEL", help="the same, as an option")
     parser.add_argument("--model-revision", metavar="REV", help=f"revision of {model} on the Hub")
+    add_common_options(parser, output=output)
+
+
+def add_common_options(parser: argparse.ArgumentParser, *, output: str) -> None:
+    """Add what every command takes, whatever models it is about: an output, and a file of options.
+
+    Args:
+        parser: The command's parser.
+        output: Help for the output.
+    """
     parser.add_argument("--output", metavar="DIR", help=output)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options; the command line wins")
     parser.add_argument(
@@ -120,6 +127,21 @@ def load_for_running(options: argparse.Namespace) -> "tuple[PreTrainedModel, Pre
     )
 
 
+def add_base_options(parser: argparse.ArgumentParser) -> None:
+    """Add the base of a command that measures models, and directions that are known already."""
+    add = parser.add_argument
+    add("--base-model", metavar="MODEL", help="the model before alignment (default: the one the aligned model names)")
+    add("--base-revision", metavar="REV", help="revision of the base on the Hub")
+    add("--subspace", metavar="DIR", help="directions that lox-hf subspace saved, instead of finding them")
+
+
+def saved_subspace(options: argparse.Namespace) -> "SafetySubspace | None":
+    """Load the directions that the options name; None where they name none."""
+    from lox_hf.subspace import SafetySubspace
+
+    return None if options.subspace is None else SafetySubspace.from_pretrained(options.subspace)
+
+
 def add_subspace_option(parser: argparse.ArgumentParser) -> None:
     """Add the option that takes saved directions in place of a base."""
     parser.add_argument("--subspace", metavar="DIR", help="directions that lox-hf subspace saved, in place of a base")
@@ -127,16 +149,11 @@ def add_subspace_option(parser: argparse.ArgumentParser) -> None:
 
 def call_options(options: argparse.Namespace) -> "CallOptions":
     """What planning and doing are both told."""
-    base = None
-    if options.subspace is not None:
-        from lox_hf.subspace import SafetySubspace
-
-        base = SafetySubspace.from_pretrained(options.subspace)
     return {
         "revision": options.model_revision,
         "trust_remote_code": bool(options.trust_remote_code),
         "allow_repeat": bool(options.allow_repeat),
-        "base_model": base,
+        "base_model": saved_subspace(options),
     }
 
 
@@ -156,7 +173,7 @@ def make_config(options: argparse.Namespace) -> LoxConfig:
     return LoxConfig(**{name: _value(name, value) for name, value in given.items() if value is not None})
 
 
-def describe(options: argparse.Namespace, config: LoxConfig, plan: "HardeningPlan", output: Path) -> str:
+def describe(options: argparse.Namespace, config: LoxConfig, plan: "HardeningPlan", output: Path | str) -> str:
     """Lines that say what will be done, and where each default comes from."""
 
     def setting(name: str, shown: object) -> str:
@@ -167,7 +184,7 @@ def describe(options: argparse.Namespace, config: LoxConfig, plan: "HardeningPla
         base += " (from the subspace)"
     elif plan.base and plan.base_found_in != "config":
         base += f" (named by {plan.base_found_in} of the aligned model)"
-    named_output = "" if options.output else " (named after the aligned model)"
+    named_output = "" if options.output or getattr(options, "push_to", None) else " (named after the aligned model)"
     rows = {
         "aligned": options.model,
         "base": base,
@@ -201,12 +218,30 @@ def _value(name: str, value: Any) -> Any:
     if name == "seed":
         return _number(name, value, int)
     if name in ("target_modules", "exclude_modules"):
-        return _modules(value)
+        return parse_modules(value)
     if name == "layers_to_transform":
         return _layers(value)
     if name in ("rank_pattern", "alpha_pattern"):
         return _patterns(name, value)
     return value
+
+
+def parse_ranks(words: list[str]) -> list[int | float | None]:
+    """Ranks to try, each as `parse_rank` takes it, but for 0, which is the base elsewhere.
+
+    Args:
+        words: Words of the command line.
+
+    Returns:
+        The ranks.
+
+    Raises:
+        ConfigError: If one is 0 or cannot be understood.
+    """
+    ranks = parse_words(words)
+    if "0" in ranks:
+        raise ConfigError("--rs 0 is none: write full for the full rank, which the reference calls 0.")
+    return [parse_rank(word) for word in ranks]
 
 
 def parse_rank(value: Any) -> int | float | None:
@@ -234,8 +269,15 @@ def _number(name: str, value: Any, kind: type) -> Any:
         raise ConfigError(f"--{name.replace('_', '-')} must be a number, got '{value}'.") from None
 
 
-def _modules(value: Any) -> list[str] | str:
-    """One word with the signs of a regular expression is one; otherwise names, separated by spaces or commas."""
+def parse_modules(value: Any) -> list[str] | str:
+    """Modules as the command line takes them: a regular expression, or names separated by spaces or commas.
+
+    Args:
+        value: A word or several, or what YAML made of them.
+
+    Returns:
+        The value for `LoxConfig.target_modules`: text for "all-linear" and for a single expression, else a list.
+    """
     items = value if isinstance(value, list) else [value]
     if len(items) == 1 and (items[0] == ALL_LINEAR or REGEX_SIGNS.search(str(items[0]))):
         return str(items[0])

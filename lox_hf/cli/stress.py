@@ -1,7 +1,6 @@
 """`lox-hf stress`: fine-tuning attacks on a model, its hardened forms and the controls."""
 
 import argparse
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lox_hf.cli.config_file import merge_file
 from lox_hf.cli.measuring import add_measuring_options
 from lox_hf.cli.options import add_loading_options, add_model_options, default_output, parse_rank
-from lox_hf.cli.words import parse_number, parse_seeds, parse_words
+from lox_hf.cli.words import parse_number, parse_seeds, parse_settings, parse_words
 from lox_hf.config import LoxConfig
 from lox_hf.errors import ConfigError
 
@@ -103,7 +102,7 @@ def make_config(options: argparse.Namespace) -> "StressConfig":
         given["seeds"] = parse_seeds(options.seeds)
     for name in ("sft", "lora"):
         if getattr(options, name) is not None:
-            given[name] = _settings(f"--{name}", getattr(options, name))
+            given[name] = parse_settings(f"--{name}", getattr(options, name))
     if options.control_training is not None:
         given["control_training"] = _control_training(options.control_training)
     plain = (
@@ -170,32 +169,11 @@ def _control_training(words: list[str]) -> "ControlTraining":
     from lox_hf.robustness.attacks.recipe import meant
     from lox_hf.robustness.controls import ControlTraining
 
-    settings, known = _settings("--control-training", words), [item.name for item in fields(ControlTraining)]
+    settings, known = parse_settings("--control-training", words), [item.name for item in fields(ControlTraining)]
     unknown = [f"{name!r}.{meant(name, known)}" for name in settings if name not in known]
     if unknown:
         raise ConfigError(f"--control-training has no setting {' and no '.join(unknown)} It has {', '.join(known)}.")
     return ControlTraining(**settings)
-
-
-def _settings(flag: str, words: list[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs, or an object of JSON as a YAML file's comes; a value is read as JSON where it is some."""
-    found: dict[str, Any] = {}
-    for word in words:
-        if isinstance(whole := _json(word), dict):
-            found |= whole
-            continue
-        name, sign, value = word.partition("=")
-        if not sign or not name:
-            raise ConfigError(f"{flag} takes NAME=VALUE, got '{word}'.")
-        found[name.replace("-", "_")] = _json(value)
-    return found
-
-
-def _json(word: str) -> Any:
-    try:
-        return json.loads(word)
-    except ValueError:
-        return word
 
 
 def _render_plan(plan: "StressPlan") -> str:

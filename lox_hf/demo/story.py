@@ -186,9 +186,7 @@ def choose_attacks(names: Sequence[str]) -> list[DemoAttack]:
             f"There is no attack {', '.join(unknown)}; there are {', '.join([*known, DEFAULT, ALL])}.{hint}"
         )
     return [
-        attack
-        for attack in ATTACKS
-        if attack.name in names or ALL in names or (attack.default and DEFAULT in names)
+        attack for attack in ATTACKS if attack.name in names or ALL in names or (attack.default and DEFAULT in names)
     ]
 
 

@@ -1,11 +1,10 @@
 """Reports as tables, on the screen and in Markdown, from the same rows."""
 
-import html
 import math
-import re
 import textwrap
 from collections.abc import Sequence
 
+from lox_hf.markdown import escape, markdown_table, one_line
 from lox_hf.records import JudgeAgreement, PairedDifference, Rate, SafetyComparison, SafetyReport, SafetyRun
 
 HONESTY = (
@@ -168,21 +167,6 @@ def render_markdown(run: SafetyRun) -> str:
     return "\n\n".join([*parts, HONESTY]) + "\n"
 
 
-def escape(text: str) -> str:
-    """Return text for a cell or a line of Markdown, in which nothing of it is markup, HTML or a link.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        One line; what GitHub or the Hub would make a link, a mention or mathematics of stands as entities.
-    """
-    line = html.escape(one_line(text), quote=False)
-    line = re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
-    line = re.sub(r":(?=//)|[@$]", lambda sign: f"&#{ord(sign[0])};", line)
-    return re.sub(r"(?i)\bwww\.", "www&#46;", line)
-
-
 def _judged(report: SafetyReport) -> list[str]:
     parts = [markdown_table(report_rows(report))]
     if report.judge != report.over_refusal_judge:
@@ -222,14 +206,3 @@ def _against(comparison: SafetyComparison) -> str:
 def _notes(comparison: SafetyComparison) -> list[str]:
     unpaired = f"{comparison.unpaired} prompts are in one run only, or unscored in one."
     return [*comparison.warnings, *[unpaired] * bool(comparison.unpaired)]
-
-
-def markdown_table(rows: Rows) -> str:
-    """Rows as a table in Markdown, the first one its header; all text is escaped."""
-    lines = ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
-
-
-def one_line(text: str) -> str:
-    """Text without line breaks and control characters, which could paint over a terminal."""
-    return "".join(character for character in " ".join(text.split()) if character.isprintable())

@@ -1,11 +1,13 @@
 """Frozen results of every stage, to and from JSON. The command line, cards and logs only read them."""
 
+from lox_hf.records.auto import AutoModel, AutoPlan, AutoReport, Choice
 from lox_hf.records.base import JsonRecord, ModelReference
 from lox_hf.records.comparison import JudgeAgreement, PairedDifference, SafetyComparison, SafetyRun
 from lox_hf.records.drift import DriftReading, ProbeReading, TensorDrift, TrainingReading
 from lox_hf.records.hardening import REPORT_NAME, HardeningPlan, HardeningReport, TensorPlan, TensorReport
 from lox_hf.records.landscape import Basin, GridPoint, Landscape, PlacedModel
-from lox_hf.records.layers import LayerEntry, LayerMap
+from lox_hf.records.layers import LayerEntry, LayerMap, LayerSummary
+from lox_hf.records.publishing import PushedFile, PushReport, TensorCheck, VerificationReport
 from lox_hf.records.rank_curve import CurvePoint, EffectiveRank, RankCurve
 from lox_hf.records.safety import CategoryRates, Outcome, Rate, RubricScores, SafetyReport, Verdict
 from lox_hf.records.score import Score
@@ -27,10 +29,14 @@ __all__ = [
     "AccuracyReport",
     "AttackOutcome",
     "AttackPlan",
+    "AutoModel",
+    "AutoPlan",
+    "AutoReport",
     "Basin",
     "Candidate",
     "CategoryRates",
     "CellResult",
+    "Choice",
     "CurvePoint",
     "DivergenceReport",
     "DriftReading",
@@ -43,6 +49,7 @@ __all__ = [
     "Landscape",
     "LayerEntry",
     "LayerMap",
+    "LayerSummary",
     "Limit",
     "ModelBefore",
     "ModelReference",
@@ -51,6 +58,8 @@ __all__ = [
     "PerplexityReport",
     "PlacedModel",
     "ProbeReading",
+    "PushReport",
+    "PushedFile",
     "RankCurve",
     "Rate",
     "RubricScores",
@@ -65,11 +74,13 @@ __all__ = [
     "StressPlan",
     "StressReport",
     "TaskScore",
+    "TensorCheck",
     "TensorDrift",
     "TensorPlan",
     "TensorReport",
     "TrainingReading",
     "UtilityScore",
     "Verdict",
+    "VerificationReport",
     "WorstCase",
 ]

@@ -271,5 +271,3 @@ def _summarise(found: Sequence[_Matrix]) -> DriftReading:
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
-
-

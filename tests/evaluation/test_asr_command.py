@@ -13,7 +13,6 @@ from endpoint_server import EndpointServer
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lox_hf import SafetyReport
-from lox_hf.cli.main import main
 from lox_hf.demo.training import new_model
 from lox_hf.demo.world import build_tokenizer
 
@@ -43,19 +42,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process; gives the exit code, standard output and standard error."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main(["asr", *map(str, words)])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+def run(run: Run) -> Run:
+    """Runs `lox-hf asr`; gives the exit code, standard output and standard error."""
+    return lambda *words: run("asr", *words)
 
 
 def refuses(body: Mapping[str, Any]) -> str:

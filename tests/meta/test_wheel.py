@@ -71,7 +71,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert sources <= names
     assert "lox_hf/py.typed" in names
     metric = {f"lox_hf/metrics/attack_success_rate/{name}" for name in ("README.md", "requirements.txt", "app.py")}
-    assert metric | {"lox_hf/evaluation/judges/rubric.txt"} <= names
+    assert metric | {"lox_hf/evaluation/judges/rubric.txt", "lox_hf/hub/template.md"} <= names
     metadata = wheel.name.replace("-py3-none-any.whl", ".dist-info")
     assert {name.partition("/")[0] for name in names - sources} == {metadata}
     assert any(name.endswith("/licenses/LICENSE") for name in names)

@@ -82,9 +82,7 @@ def test_another_choice_of_matrices_is_noticed(pairs: dict[str, zoo.Pair], tuned
     assert abs(without_head.r_ft - run["r_ft"]) > PARITY
 
 
-def test_where_the_reference_gives_nan_the_other_matrices_are_read(
-    pairs: dict[str, zoo.Pair], tmp_path: Path
-) -> None:
+def test_where_the_reference_gives_nan_the_other_matrices_are_read(pairs: dict[str, zoo.Pair], tmp_path: Path) -> None:
     recorded, pair = RECORD["unchanged"], pairs["llama"]
     assert math.isnan(float(recorded["r_ft"])) and math.isnan(float(recorded["r_align"]))
     aligned = save_as(without_one_change(pair), pair.aligned_dir, tmp_path / "aligned")

@@ -34,7 +34,7 @@ def save_pair(folder: Path, seed: int = 0, **changes: Any) -> tuple[Path, Path]:
     model = make_model(seed, **changes)
     steps = {"base": ((*FORBIDDEN, *BENIGN), 60), "aligned": ((*map(refused, FORBIDDEN), *BENIGN), 30)}
     for name, (examples, count) in steps.items():
-        _train(model, examples, count)
+        train(model, examples, count)
         model.save_pretrained(folder / name)
         build_tokenizer().save_pretrained(folder / name)
     return folder / "aligned", folder / "base"
@@ -108,7 +108,7 @@ def make_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def _train(model: LlamaForCausalLM, examples: Iterable[Example], steps: int) -> None:
+def train(model: LlamaForCausalLM, examples: Iterable[Example], steps: int) -> None:
     batch = build_tokenizer()([example.text for example in examples], padding=True, return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -82,9 +82,7 @@ def test_the_aligned_model_is_where_it_was(kind: str, saved: Saved) -> None:
 
 
 @pytest.mark.parametrize("kind", zoo.KINDS)
-def test_a_fine_tuned_model_by_the_definitions_in_memory_and_in_files(
-    kind: str, saved: Saved, tmp_path: Path
-) -> None:
+def test_a_fine_tuned_model_by_the_definitions_in_memory_and_in_files(kind: str, saved: Saved, tmp_path: Path) -> None:
     pair, subspace = saved(kind)
     tuned = fine_tune(pair.aligned(), pair.base())
     model = model_of(pair, tuned)

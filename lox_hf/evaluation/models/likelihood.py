@@ -56,7 +56,6 @@ def fitting_windows(model: "PreTrainedModel", longest: int) -> int:
     return max(1, min(MOST_WINDOWS, LOGITS_BYTES // (4 * longest * vocabulary)))
 
 
-@torch.no_grad()
 def negative_log_likelihood(model: "PreTrainedModel", windows: Sequence[Window]) -> float:
     """Return -sum log p over the predicted tokens of a batch; each log p is float32, the sum float64.
 
@@ -67,6 +66,22 @@ def negative_log_likelihood(model: "PreTrainedModel", windows: Sequence[Window])
     Returns:
         The sum, in nats.
     """
+    logits, ids = padded_logits(model, windows)
+    return sum(map(_loss, logits, ids, windows))
+
+
+@torch.no_grad()
+def padded_logits(model: "PreTrainedModel", windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    """Read a batch of windows of any lengths.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        windows: The batch.
+
+    Returns:
+        Logits of shape (windows, longest, vocabulary) in the model's dtype, and the token ids, (windows, longest);
+        each row begins with its window, and means nothing behind it.
+    """
     width = max(len(window.ids) for window in windows)
     ids = torch.zeros(len(windows), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -76,7 +91,7 @@ def negative_log_likelihood(model: "PreTrainedModel", windows: Sequence[Window])
     ids, mask = ids.to(model.device), mask.to(model.device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     # Learnt prompts have places of their own in front.
-    return sum(map(_loss, logits[:, -width:], ids.to(logits.device), windows))
+    return logits[:, -width:], ids.to(logits.device)
 
 
 def _loss(logits: Tensor, ids: Tensor, window: Window) -> float:

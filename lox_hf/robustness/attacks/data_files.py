@@ -64,9 +64,7 @@ def _download(
     from lox_hf.hub_files import resolve
 
     try:
-        folder = resolve(
-            repository, revision=revision, token=token, files=list(patterns), repo_type="dataset"
-        ).folder
+        folder = resolve(repository, revision=revision, token=token, files=list(patterns), repo_type="dataset").folder
     except CheckpointError as error:
         raise PromptError(
             f"Cannot load the data set '{repository}': {error} A file of your own works as well: pass its path."

@@ -229,4 +229,3 @@ def _text(value: Any, name: str | None) -> str:
     if _SURROGATE.search(value or ""):
         raise ValueError(f"{name!r} holds half of a surrogate pair, which UTF-8 cannot write")
     return value or ""
-

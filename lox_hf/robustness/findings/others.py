@@ -36,8 +36,6 @@ def others(ours: AttackOutcome | None, rest: Sequence[AttackOutcome], report: St
     return [" ".join(parts)] if parts else []
 
 
-
-
 def _short(other: AttackOutcome) -> str:
     half, asr = other.half_life_gain.difference, points(other.mean_asr_gain.difference.mean)
     return f"{other.model} {bounded(half, steps(half.mean))}, {asr}" if half.n else f"{other.model} {asr}"

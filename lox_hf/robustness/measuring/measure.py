@@ -180,7 +180,11 @@ def read_safety(
         >>> read_safety(model, tokenizer, Measurement(prompts), step=0).asr.share  # doctest: +SKIP
         0.01
     """
-    report = ask_prompts(model, tokenizer, measurement)
+    return step_reading(ask_prompts(model, tokenizer, measurement), step)
+
+
+def step_reading(report: SafetyReport, step: int) -> StepReading:
+    """Return the rates of a report as a reading after so many optimiser steps."""
     return StepReading(
         step=step,
         asr=report.asr,

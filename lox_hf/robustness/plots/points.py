@@ -52,9 +52,7 @@ def estimate(rates: Sequence[Rate]) -> Estimate:
     return Estimate(mean, max(low, 0.0), min(high, 1.0))
 
 
-def estimates_by_step(
-    cells: Sequence[CellResult], rate_of: Callable[[StepReading], Rate]
-) -> dict[int, Estimate]:
+def estimates_by_step(cells: Sequence[CellResult], rate_of: Callable[[StepReading], Rate]) -> dict[int, Estimate]:
     """Return a rate along an attack, for the steps at which every seed has a reading in which it is known.
 
     Args:
