@@ -206,7 +206,7 @@ def _differing(there: Mapping[str, Any], now: Mapping[str, Any], place: str = ""
             yield from _differing(old, new, f"{whole}.")
         elif not all(isinstance(value, str) and HASH.fullmatch(value) for value in (old, new)):
             yield f"{whole}: {old!r} there, {new!r} now"
-        elif whole == "weights_sample":
+        elif whole in ("weights", "weights_sample"):
             yield "the weights: another model's"
         elif place == "weights.":
             yield f"the weights of {name} have changed since, or are of another model"

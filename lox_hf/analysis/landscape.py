@@ -80,7 +80,7 @@ def landscape(
         >>> import torch
         >>> place = torch.nn.Linear(1, 1, bias=False)
         >>> ends = [{"weight": torch.tensor([[value]])} for value in (1.0, 3.0)]
-        >>> found = landscape(place, ends, lambda m: float(m.weight), grid=(3, 1), margin=0, measure="value")
+        >>> found = landscape(place, ends, lambda m: m.weight.item(), grid=(3, 1), margin=0, measure="value")
         >>> [(point.x, point.score.value("value")) for point in found.points]
         [(0.0, 1.0), (1.0, 2.0), (2.0, 3.0)]
 

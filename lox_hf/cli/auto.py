@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from lox_hf.cli import after_auto
 from lox_hf.cli.config_file import merge_file
+from lox_hf.cli.grid import add_grid_options, parse_grid
 from lox_hf.cli.measuring import PLAIN, add_measuring_options
-from lox_hf.cli.options import add_loading_options, add_model_options, default_output, parse_ranks
-from lox_hf.cli.select import parse_limits
+from lox_hf.cli.options import add_loading_options, add_model_options, default_output
 from lox_hf.cli.words import parse_number, parse_settings, parse_words
 from lox_hf.errors import ConfigError
 
@@ -90,14 +90,7 @@ def make_config(options: argparse.Namespace) -> "AutoConfig":
     given: dict[str, Any] = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.prompts is not None:
         given["prompts"] = parse_words(options.prompts)
-    if options.rs is not None:
-        given["rs"] = parse_ranks(options.rs)
-    if options.alphas is not None:
-        given["alphas"] = [parse_number("--alphas", word, float) for word in parse_words(options.alphas)]
-    if options.targets is not None:
-        given["targets"] = parse_words(options.targets)
-    if options.limits is not None:
-        given["limits"] = parse_limits(options.limits)
+    given |= parse_grid(options)
     if options.attack_lr is not None:
         given["attack_learning_rate"] = parse_number("--attack-lr", str(options.attack_lr), float)
     for name in ("sft", "lora"):
@@ -111,21 +104,7 @@ def make_config(options: argparse.Namespace) -> "AutoConfig":
 
 
 def _add_choice_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("what is tried").add_argument
-    add("--rs", nargs="+", metavar="R", help="ranks to try (default: 2,6,full)")
-    add("--alphas", nargs="+", metavar="ALPHA", help="strengths to try (default: 0.25,0.5,0.75,1,1.25)")
-    add(
-        "--targets",
-        nargs="+",
-        metavar="NAME",
-        help="weights to try: all, attention, mlp, no-embeddings, or names of modules (default: all,attention)",
-    )
-    add(
-        "--limits",
-        nargs="+",
-        metavar="MEASURE=MOST",
-        help="what it may cost, where not as by default, such as over_refusal=0.02 kl=0.05, or perplexity=none",
-    )
+    add = add_grid_options(parser, "what is tried", targets="all,attention").add_argument
     add(
         "--attack",
         metavar="ATTACK",

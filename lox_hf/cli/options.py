@@ -226,24 +226,6 @@ def _value(name: str, value: Any) -> Any:
     return value
 
 
-def parse_ranks(words: list[str]) -> list[int | float | None]:
-    """Ranks to try, each as `parse_rank` takes it, but for 0, which is the base elsewhere.
-
-    Args:
-        words: Words of the command line.
-
-    Returns:
-        The ranks.
-
-    Raises:
-        ConfigError: If one is 0 or cannot be understood.
-    """
-    ranks = parse_words(words)
-    if "0" in ranks:
-        raise ConfigError("--rs 0 is none: write full for the full rank, which the reference calls 0.")
-    return [parse_rank(word) for word in ranks]
-
-
 def parse_rank(value: Any) -> int | float | None:
     """Rank as the command line takes it: "6", "0.9", "full", or the reference's "0" for the full rank.
 

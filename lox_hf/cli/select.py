@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lox_hf.cli.config_file import merge_file, refuse_without
+from lox_hf.cli.grid import add_grid_options, parse_grid, parse_limits
 from lox_hf.cli.measuring import add_measuring_options, make_measurement
 from lox_hf.cli.options import (
     add_base_options,
@@ -13,19 +14,16 @@ from lox_hf.cli.options import (
     default_output,
     load_for_running,
     parse_modules,
-    parse_ranks,
     saved_subspace,
 )
-from lox_hf.cli.words import parse_number, parse_settings, parse_words
+from lox_hf.cli.words import parse_settings
 from lox_hf.config import CONFIG_NAME, LoxConfig
-from lox_hf.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lox_hf.auto.attack import ShortAttack
     from lox_hf.auto.measures import CandidateMeasures
-    from lox_hf.records import Limit
     from lox_hf.robustness.attacks.recipe import Attack
     from lox_hf.robustness.measuring.measure import Measurement
     from lox_hf.subspace import SafetySubspace
@@ -40,7 +38,6 @@ TARGETS = ("all", "attention", "no-embeddings")
 KL_PROMPTS = 100
 """How many harmless prompts the divergence is read on: what is kept of each is a number for every word."""
 OF_THE_ATTACK = ("attack_most", "attack_lr", "attack_steps", "sft")
-NONE = "none"
 REPORT_NAME, STEM = "report.md", "selection"
 
 
@@ -113,23 +110,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _add_grid_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("grid").add_argument
-    add("--rs", nargs="+", metavar="R", help="ranks: numbers, shares of the energy, or full (default: 2,6,full)")
-    add("--alphas", nargs="+", metavar="ALPHA", help="strengths (default: 0.25,0.5,0.75,1,1.25)")
-    add(
-        "--targets",
-        nargs="+",
-        metavar="WORD",
-        help="which weights: all, attention, mlp, no-embeddings, all-linear, a module's name or a regular expression "
-        f"(default: {','.join(TARGETS)})",
-    )
+    add = add_grid_options(parser, "grid", targets=",".join(TARGETS)).add_argument
     add("--exclude-modules", nargs="+", metavar="NAME", help="modules that no candidate edits")
-    add(
-        "--limits",
-        nargs="+",
-        metavar="MEASURE=MOST",
-        help="other limits, such as over_refusal=0.02 kl=0.05, or perplexity=none (rates as shares: 0.02 is 2 points)",
-    )
 
 
 def _add_attack_options(parser: argparse.ArgumentParser) -> None:
@@ -147,44 +129,10 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
 
 def _grid(options: argparse.Namespace) -> dict[str, Any]:
     """What is tried under which limits, as `select` takes it."""
-    given: dict[str, Any] = {"targets": list(TARGETS), "limits": parse_limits(options.limits or [])}
-    if options.rs is not None:
-        given["rs"] = parse_ranks(options.rs)
-    if options.alphas is not None:
-        given["alphas"] = [parse_number("--alphas", word, float) for word in parse_words(options.alphas)]
-    if options.targets is not None:
-        given["targets"] = parse_words(options.targets)
+    given = {"targets": list(TARGETS), "limits": parse_limits([]), **parse_grid(options)}
     if options.attack_most is not None:
         given["attack_most"] = options.attack_most
     return given
-
-
-def parse_limits(words: list[str]) -> "list[Limit]":
-    """Read limits.
-
-    Args:
-        words: MEASURE=MOST, or MEASURE=none for no limit.
-
-    Returns:
-        The limits by default, with what the words change of them.
-
-    Raises:
-        ConfigError: If a measure has no limit, or a number is none.
-    """
-    from dataclasses import replace
-
-    from lox_hf.analysis.limits import DEFAULT_LIMITS
-
-    changes = parse_settings("--limits", words)
-    known = [limit.measure for limit in DEFAULT_LIMITS]
-    unknown = [name for name in changes if name not in known]
-    if unknown:
-        raise ConfigError(f"--limits has no measure {', '.join(map(repr, unknown))}; it has {', '.join(known)}.")
-    return [
-        replace(limit, most=parse_number("--limits", str(changes.get(limit.measure, limit.most)), float))
-        for limit in DEFAULT_LIMITS
-        if changes.get(limit.measure) != NONE
-    ]
 
 
 def _attack(options: argparse.Namespace) -> "Attack | None":

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 import zoo
 from analysis.corner_models import change, moved
-from lox_hf.cli.main import main
 from lox_hf.errors import ConfigError
 from lox_hf.plots.landscape import draw_landscape, save_landscape_plot
 from lox_hf.plots.style import svg_text
@@ -41,25 +40,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_moved(folder, "base-tuned", "base", 0.01)
     make_model(hidden_size=16).save_pretrained(folder / "larger")
     return folder
-
-
-@pytest.fixture
-def here(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process; gives the exit code, and what stands on standard output and error."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_four_models(here: Path, run: Run) -> None:

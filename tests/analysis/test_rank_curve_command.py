@@ -1,7 +1,6 @@
 """`lox-hf rank-curve` on a pair that trains in a second: what it prints and writes, and every mistake in one line."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from lox_hf import LoxConfig, SafetySubspace
 from lox_hf.cli import rank_curve as command
-from lox_hf.cli.main import main
 from lox_hf.records import RankCurve
 from robustness.tiny_pair import make_model, save_pair, write_rows
 from test_bad_input import contents
@@ -31,24 +29,15 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run: Run) -> Run:
     """Runs the command on the pair; gives the exit code, and what stands on standard output and error."""
 
-    def run(*words: object, base: str | None = "base", ranks: str | None = "0,1,4") -> tuple[int, str, str]:
+    def rank_curve(*words: object, base: str | None = "base", ranks: str | None = "0,1,4") -> tuple[int, str, str]:
         given = ["rank-curve", "aligned", "--prompts", "prompts.jsonl", "--max-new-tokens", 14, "--device", "cpu"]
         given += ["--base-model", base] * (base is not None) + ["--ranks", ranks] * (ranks is not None)
-        capsys.readouterr()
-        code = main([str(word) for word in (*given, *words)])
-        return code, *capsys.readouterr()
+        return run(*given, *words)
 
-    return run
+    return rank_curve
 
 
 def test_the_whole_command(here: Path, run: Run) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,24 +34,15 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run: Run) -> Run:
     """Runs the command on the pair; gives the exit code, and what stands on standard output and error."""
 
-    def run(*words: object, base: str = "base", alphas: str = "0.05,0.5", prompts: str = "prompts.jsonl"):
+    def select(*words: object, base: str = "base", alphas: str = "0.05,0.5", prompts: str = "prompts.jsonl"):
         given = ["select", "aligned", "--base-model", base, "--prompts", prompts, "--max-new-tokens", 14]
         given += ["--device", "cpu", "--rs", "1,full", "--alphas", alphas, "--output", "out"]
-        capsys.readouterr()
-        code = main([str(word) for word in (*given, *words)])
-        return code, *capsys.readouterr()
+        return run(*given, *words)
 
-    return run
+    return select
 
 
 def test_the_whole_command_and_hardening_with_what_it_wrote(

@@ -130,10 +130,16 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "readings": (lambda pair: {"readings": 3}, "readings: 2 there, 3 now"),
     "longest answer": (lambda pair: {"max_new_tokens": 5}, "max_new_tokens: 14 there, 5 now"),
     "prompts": (lambda pair: {"n": 12}, "prompts: '16, sha256 .* there, '12, sha256 .* now"),
-    "settings of SFT": (lambda pair: {"sft": {"max_steps": 2}}, r"attack\.sft\.max_steps: 3 there, "),
-    "rows": (lambda pair: {"attacks": [attack(pair, n=4)]}, r"attack\."),
-    "LoRA": (lambda pair: {"lora": {"r": 1}}, r"attack\.lora"),
-    "directions of the drift": (lambda pair: {"hardened": [LoxConfig(r=1), HARDENED]}, r"drift_along\.r: 2 there"),
+    "settings of SFT": (lambda pair: {"sft": {"max_steps": 2}}, r"attack\.sft\.max_steps: 3 there, 2 now\)"),
+    "rows": (
+        lambda pair: {"attacks": [attack(pair, n=4)]},
+        r"attack\.data: its content has changed since; attack\.n: None there, 4 now\)",
+    ),
+    "LoRA": (lambda pair: {"lora": {"r": 1}}, r"attack\.lora: None there, \{'r': 1\} now\)"),
+    "directions of the drift": (
+        lambda pair: {"hardened": [LoxConfig(r=1), HARDENED]},
+        r"drift_along\.r: 2 there, 1 now",
+    ),
     "dtype": (lambda pair: {"dtype": "bfloat16"}, "dtype: 'auto' there, 'bfloat16' now"),
 }
 
@@ -154,7 +160,7 @@ def test_another_model_under_the_same_name_is_refused(pair: Path, run: Path, tmp
     other = Path(shutil.copytree(pair, tmp_path / "pair"))
     stress_test(config(other), run)  # control: the same model under another name
     save_pair(other, seed=1)
-    told = r"with other settings \(.*weights.*"
+    told = r"with other settings \(the weights: another model's\)"
     with nothing_lost(run), pytest.raises(OutputError, match=told):
         stress_test(config(other), run)
 
@@ -244,11 +250,13 @@ def test_every_control_is_made_of_what_is_given(pair: Path, tmp_path: Path) -> N
     assert not (run / "work").exists()
 
     again = config(pair, controls=["retrained"], **benign | {"control_training": replace(TRAINING, retrain_steps=3)})
-    with nothing_lost(run), pytest.raises(OutputError, match=r"seed-0/retrained.json with other .*retrain_steps: 2"):
+    told = r"seed-0/retrained.json with other .*retrain_steps: 2 there, 3 now"
+    with nothing_lost(run), pytest.raises(OutputError, match=told):
         stress_test(replace(again, seeds=(0, 1)), run)
     other = pair / "other.jsonl"
     other.write_text("".join((pair / "calibration.jsonl").read_text().splitlines(True)[1:]))
-    with nothing_lost(run), pytest.raises(OutputError, match=r"retrained.json with other settings \(rows"):
+    told = r"retrained.json with other settings \(rows: its content has changed since\)"
+    with nothing_lost(run), pytest.raises(OutputError, match=told):
         stress_test(config(pair, controls=["retrained"], **benign | {"calibration_data": other}), run)
 
 
