@@ -1,6 +1,6 @@
 """All tensors of a checkpoint, each once: edited or handed on, whatever takes them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -32,6 +32,8 @@ def edit_tensors(
     num_workers: int | None = None,
     progressbar: bool | None = None,
     description: str = "Hardening",
+    groups: Mapping[str, int] | None = None,
+    finished: Callable[[TensorPlan, list[TensorReport]], None] | None = None,
 ) -> tuple[TensorReport, ...]:
     """Extrapolate every tensor that is to be edited, hand on the others, and release each when it is done.
 
@@ -43,6 +45,8 @@ def edit_tensors(
         num_workers: Threads; None takes torch's number of threads.
         progressbar: Show a progress bar; None shows one on a terminal only.
         description: Text beside the bar.
+        groups: Group of each tensor by its name: a group begins before the next one does; None takes them as one.
+        finished: Called with each tensor that is done, from its thread; an error that it raises ends the work.
 
     Returns:
         One report per matrix, in the order of the plans.
@@ -66,6 +70,8 @@ def edit_tensors(
         else:
             target.copy(plan)
         aligned.release(plan.name)
+        if finished is not None:
+            finished(plan, reports)
         return reports
 
     results = map_tensors(
@@ -76,5 +82,6 @@ def edit_tensors(
         progressbar=progressbar,
         description=description,
         prepare=prepare,
+        group_of=lambda plan: groups[plan.name] if groups else 0,
     )
     return tuple(report for reports in results for report in reports)

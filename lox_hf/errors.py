@@ -35,6 +35,10 @@ class OutputError(LoxError, OSError):
     """The output cannot be written: it exists, equals an input, or the disk is full or read-only."""
 
 
+class DistributedError(LoxError):
+    """Processes that work together disagree, or one of them failed or was lost."""
+
+
 class AlreadyHardenedError(LoxError):
     """LoX has been applied to this model already."""
 

@@ -27,8 +27,9 @@ def map_tensors(
     progressbar: bool | None = None,
     description: str = "",
     prepare: Callable[[Item], None] | None = None,
+    group_of: Callable[[Item], int] = lambda _: 0,
 ) -> list[Result]:
-    """Run `work` on every item, the largest first so that the threads end together.
+    """Run `work` on every item, in each group the largest first so that the threads end together.
 
     Products of a tall matrix with a few columns scale badly over threads, tensors scale well: hence a thread per
     tensor with kernels on one thread. The number of kernel threads is restored afterwards.
@@ -41,6 +42,7 @@ def map_tensors(
         progressbar: Show a progress bar on standard error; None shows one on a terminal only.
         description: Text beside the bar.
         prepare: Called with an item some time before its turn, to have its data on the way.
+        group_of: Group of an item; a group begins before the next one does.
 
     Returns:
         Results in the order of `items`.
@@ -49,7 +51,7 @@ def map_tensors(
         BaseException: The first error of `work`; items that have not begun are dropped.
     """
     workers = max(1, min(num_workers or torch.get_num_threads(), len(items)))
-    order = sorted(range(len(items)), key=lambda number: -size_of(items[number]))
+    order = sorted(range(len(items)), key=lambda number: (group_of(items[number]), -size_of(items[number])))
     stop = threading.Event()
     with progress_bar(sum(map(size_of, items)), progressbar, description, unit="B") as advance, _kernel_threads(1):
 
