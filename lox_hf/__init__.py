@@ -18,10 +18,10 @@ __all__ = [
     "ClassifierJudge",
     "ConfigError",
     "ControlTraining",
+    "DistributedError",
     "DivergenceReport",
     "DriftReading",
     "Endpoint",
-    "DistributedError",
     "EndpointError",
     "HardeningPlan",
     "HardeningReport",
@@ -77,6 +77,7 @@ __all__ = [
     "harden_checkpoint",
     "harden_to_hub",
     "hardening_report",
+    "join_ranks",
     "landscape",
     "layer_map",
     "load_metric",
@@ -186,6 +187,7 @@ _HOMES = {
         "Verdict",
         "VerificationReport",
     ),
+    "ranks": ("join_ranks",),
     "robustness.attacks.recipe": ("Attack",),
     "robustness.attacks.rows": ("get_attack",),
     "robustness.controls": ("ControlTraining",),
@@ -238,6 +240,7 @@ if TYPE_CHECKING:
     from lox_hf.hub.stream import harden_to_hub, plan_to_hub
     from lox_hf.hub.verify import verify
     from lox_hf.metrics import load_metric
+    from lox_hf.ranks import join_ranks
     from lox_hf.records import (
         AccuracyReport,
         AutoReport,

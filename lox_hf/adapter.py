@@ -18,8 +18,9 @@ from lox_hf.provenance import STAMP, check_not_hardened
 from lox_hf.records import REPORT_NAME, HardeningReport, TensorPlan
 from lox_hf.subspace import SafetySubspace
 from lox_hf.weights.live import checkpoint_names, meta_model
+from lox_hf.weights.output_file import output_errors
 from lox_hf.weights.selection import module_name
-from lox_hf.weights.writer import FolderWriter, output_errors
+from lox_hf.weights.writer import FolderWriter
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

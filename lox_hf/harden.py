@@ -2,28 +2,25 @@
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lox_hf.adapter_files import harden_adapter, plan_adapter
 from lox_hf.config import CONFIG_NAME, LoxConfig
-from lox_hf.edit import MatrixSink
-from lox_hf.edit_all import edit_tensors
+from lox_hf.device import resolve_device
 from lox_hf.errors import CheckpointError
 from lox_hf.hub_files import CHECKPOINT_FILES, Resolved, resolve
 from lox_hf.inputs import HasFactors, ModelLike, Pair, make_report, open_pair
 from lox_hf.provenance import STAMP, stamp
-from lox_hf.records import REPORT_NAME, HardeningPlan, HardeningReport, TensorPlan
+from lox_hf.ranks import Ranks
+from lox_hf.records import REPORT_NAME, HardeningPlan, HardeningReport
+from lox_hf.weight_files import check_agreement, run_identity, source_of, write_weights
 from lox_hf.weights.folder import MODEL_CONFIG, is_adapter, model_config, side_files
-from lox_hf.weights.selection import matrix_shape
+from lox_hf.weights.planned import has_no_weights, plan_from_config
 from lox_hf.weights.shard import ShardLike
-from lox_hf.weights.source import INDEX_NAME, WEIGHTS_NAME, ShardedSource
-from lox_hf.weights.writer import COPY_BYTES, FolderWriter, OutputFile
-
-NOT_ON_FILES = "harden_checkpoint works on files; for a model in memory use apply_lox."
+from lox_hf.weights.source import INDEX_NAME, WEIGHTS_NAME
+from lox_hf.weights.writer import FolderWriter
 
 
 def harden_checkpoint(
@@ -38,17 +35,19 @@ def harden_checkpoint(
     allow_repeat: bool = False,
     progressbar: bool | None = None,
     num_workers: int | None = None,
+    device: str | torch.device | None = None,
+    ranks: Ranks | None = None,
 ) -> HardeningReport:
     """Harden a checkpoint on disk: W + alpha * Proj_k(W - W_base) for every selected tensor (section 3).
 
     Memory does not grow with the model: tensors are mapped, decomposed and written in tiles. The output has the same
     shards, tensor names, dtypes, metadata and side files as the aligned checkpoint; `config.json` gets the settings as
     `lox_config`, and `lox_config.json` and `lox_report.json` are added. It appears by one rename when all is done: a
-    run that is killed leaves the inputs untouched and no output, and the next run cleans up after it.
+    run that is killed leaves the inputs untouched and no output, and the same call goes on from what it had finished.
 
     Args:
-        model_name_or_path: The aligned model: folder or Hub id of a safetensors checkpoint in float32, float16 or
-            bfloat16, or of a PEFT LoRA adapter, which needs no base and gives a hardened adapter.
+        model_name_or_path: The aligned model: folder or Hub id of a safetensors checkpoint in float32, float16,
+            bfloat16 or float8, or of a PEFT LoRA adapter, which needs no base and gives a hardened adapter.
         output_dir: Folder to create; it must not exist, or be empty.
         config: Settings; None takes the defaults (r=6, alpha=1.25).
         base_model: The model before alignment, or a `SafetySubspace`; None takes `config.base_model_name_or_path`, or
@@ -58,7 +57,11 @@ def harden_checkpoint(
         trust_remote_code: Run modelling code of the aligned model's repository where "all-linear" needs it.
         allow_repeat: Harden a model that is hardened already once more.
         progressbar: Show a progress bar; None shows one on a terminal only.
-        num_workers: Threads; None takes torch's number of threads.
+        num_workers: Threads on the CPU; None takes torch's number of threads.
+        device: Where the directions are found and added, such as "cpu" or "cuda:1"; None and "auto" take the
+            accelerator where there is one, under torchrun each process its own.
+        ranks: Processes that share the work, from `join_ranks`: every one of them makes the same call, on one shared
+            file system, and the output is the same as from one process. None works alone.
 
     Returns:
         What was done to each matrix, and in total.
@@ -71,6 +74,7 @@ def harden_checkpoint(
         NumericsError: If a matrix contains NaN or Inf, or the result overflows; it is named.
         OutputError: If the output exists, is an input, or cannot be written.
         AlreadyHardenedError: If the model is hardened and `allow_repeat` is not set.
+        DistributedError: If the processes disagree, or another one failed or was lost; what is finished stays.
 
     Example:
         >>> from lox_hf import LoxConfig, harden_checkpoint
@@ -80,27 +84,48 @@ def harden_checkpoint(
 
     Source: Perin et al., COLM 2025, section 3; the reference's safety/LoX.py.
     """
-    started = time.perf_counter()
+    ranks, place = ranks or Ranks(), resolve_device(device)
     aligned = resolve(model_name_or_path, revision=revision, token=token, files=CHECKPOINT_FILES)
-    if is_adapter(aligned.folder):
-        return harden_adapter(aligned, output_dir, config or LoxConfig(), allow_repeat=allow_repeat)
-    pair = open_pair(
-        model_name_or_path,
-        base_model,
-        config,
-        revision=revision,
-        token=token,
-        trust_remote_code=trust_remote_code,
-        allow_repeat=allow_repeat,
-    )
-    plan, writer = plan_files(pair), FolderWriter(output_dir)
-    writer.check(plan.total_bytes, _inputs(pair))
-    with writer:
-        source = _source(pair)
-        target = _Folder(source, writer)
-        reports = edit_tensors(
-            pair.plans, source, pair.factors, target, num_workers=num_workers, progressbar=progressbar
+    if is_adapter(aligned.folder):  # too small to share
+        if ranks.is_first:
+            harden_adapter(aligned, output_dir, config or LoxConfig(), allow_repeat=allow_repeat)
+    else:
+        pair = open_pair(
+            model_name_or_path,
+            base_model,
+            config,
+            revision=revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+            allow_repeat=allow_repeat,
         )
+        _harden(pair, output_dir, ranks, device=place, num_workers=num_workers, progressbar=progressbar)
+    ranks.gather(None)  # published
+    return HardeningReport.from_json((Path(output_dir).expanduser() / REPORT_NAME).read_text(encoding="utf-8"))
+
+
+def _harden(
+    pair: Pair,
+    output_dir: str | Path,
+    ranks: Ranks,
+    *,
+    device: torch.device,
+    num_workers: int | None,
+    progressbar: bool | None,
+) -> None:
+    """Check, write, and publish: together, except that process 0 alone makes and publishes the folder."""
+    started = time.perf_counter()
+    plan, run = plan_files(pair), run_identity(pair, str(output_dir), device)
+    writer = FolderWriter(output_dir, run, is_first=ranks.is_first, is_shared=ranks.size > 1)
+    if ranks.is_first:
+        writer.check(plan.total_bytes, _inputs(pair))
+    check_agreement(ranks, run)
+    with writer:
+        reports = write_weights(
+            pair, writer, ranks, device=device, num_workers=num_workers, progressbar=progressbar
+        )
+        if not ranks.is_first:
+            return
         report = make_report(pair, reports, time.perf_counter() - started, str(output_dir))
         for name, content in other_files(pair, plan, report).items():
             if isinstance(content, Path):
@@ -108,7 +133,6 @@ def harden_checkpoint(
             else:
                 writer.write(name, content)
         writer.publish()
-    return report
 
 
 def plan_hardening(
@@ -127,7 +151,8 @@ def plan_hardening(
     Args:
         model_name_or_path: See `harden_checkpoint`.
         config: Settings.
-        output_dir: Where the output would go; checked when given.
+        output_dir: Where the output would go; checked when given. None also plans a model whose weights are not
+            there, from its `config.json` alone.
         base_model: See `harden_checkpoint`.
         revision: Revision of the aligned model on the Hub.
         token: Hub token.
@@ -147,6 +172,10 @@ def plan_hardening(
     aligned = resolve(model_name_or_path, revision=revision, token=token, files=CHECKPOINT_FILES)
     if is_adapter(aligned.folder):
         return plan_adapter(aligned, config or LoxConfig(), output_dir=output_dir, allow_repeat=allow_repeat)
+    if output_dir is None and has_no_weights(aligned.folder):
+        return plan_from_config(
+            aligned, config or LoxConfig(), trust_remote_code=trust_remote_code, allow_repeat=allow_repeat
+        )
     pair = open_pair(
         model_name_or_path,
         base_model,
@@ -186,55 +215,6 @@ def plan_files(pair: Pair) -> HardeningPlan:
     )
 
 
-class _Folder:
-    """The new folder as a target: every shard is the aligned one's header, then the tensors at their places."""
-
-    def __init__(self, source: ShardedSource, writer: FolderWriter) -> None:
-        self._source = source
-        self._places: dict[str, tuple[OutputFile, int]] = {}
-        for shard in source.shards:
-            file = writer.create(shard.name, shard.size_bytes)
-            file.write(shard.header, 0)
-            self._places |= {name: (file, entry.start) for name, entry in shard.entries.items()}
-
-    def sink(self, plan: TensorPlan, aligned: Tensor) -> MatrixSink:
-        """Return what writes finished rows to their place in the file."""
-        file, start = self._places[plan.name]
-        return row_sink(aligned, start, file.write)
-
-    def copy(self, plan: TensorPlan) -> None:
-        """Copy the aligned bytes."""
-        file, start = self._places[plan.name]
-        raw = self._source.raw(plan.name)
-        for position in range(0, len(raw), COPY_BYTES):
-            file.write(raw[position : position + COPY_BYTES], start + position)
-
-
-def row_sink(tensor: Tensor, start: int, write: Callable[[memoryview, int], object]) -> MatrixSink:
-    """Make a sink that writes the rows of a tensor into a file.
-
-    Args:
-        tensor: The tensor, for shape and dtype.
-        start: Where it begins in the file.
-        write: Takes bytes and their position in the file.
-
-    Returns:
-        The sink.
-    """
-    _, rows, columns = matrix_shape(tuple(tensor.shape))
-    row_bytes = columns * tensor.element_size()
-
-    def sink(number: int, part: slice, tile: Tensor) -> None:
-        write(_as_bytes(tile), start + (number * rows + part.start) * row_bytes)
-
-    return sink
-
-
-def _as_bytes(rows: Tensor) -> memoryview:
-    """Bytes of a CPU tensor of any dtype, without a copy where it is contiguous."""
-    return rows.contiguous().view(-1).view(torch.uint8).numpy().data
-
-
 def other_files(pair: Pair, plan: HardeningPlan, report: HardeningReport) -> dict[str, Path | bytes]:
     """Everything of a hardened checkpoint but its weights.
 
@@ -261,20 +241,14 @@ def other_files(pair: Pair, plan: HardeningPlan, report: HardeningReport) -> dic
 
 def shards_of(pair: Pair) -> list[ShardLike]:
     """The aligned model's weight files."""
-    return _source(pair).shards
+    return source_of(pair).shards
 
 
 def files_of(pair: Pair) -> Resolved:
     """The aligned model's folder."""
     if pair.aligned.files is None:
-        raise CheckpointError(NOT_ON_FILES)
+        raise CheckpointError("harden_checkpoint works on files; for a model in memory use apply_lox.")
     return pair.aligned.files
-
-
-def _source(pair: Pair) -> ShardedSource:
-    if not isinstance(pair.aligned.source, ShardedSource):
-        raise CheckpointError(NOT_ON_FILES)
-    return pair.aligned.source
 
 
 def _inputs(pair: Pair) -> list[Path]:

@@ -113,18 +113,9 @@ class RunFolder:
         if self.folder is None:
             self._texts[name] = text
             return
-        target = self.folder / name
-        partial = target.with_name(f".{target.name}.partial")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.rename(target)
+            write_whole(self.folder / name, text)
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
             raise self._unwritable(error) from error
 
     def read(self, name: str) -> str:
@@ -176,6 +167,30 @@ class RunFolder:
 
     def _unwritable(self, error: OSError) -> OutputError:
         return OutputError(f"The output {self.folder} cannot be written: {error.strerror or error}.")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, on the disk and by one rename, so that nobody ever reads half of it; its folder is made.
+
+    Args:
+        path: The file.
+        text: Its content.
+
+    Raises:
+        OSError: If the disk does not take it.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.rename(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -20,22 +20,21 @@ from safetensors.torch import save_file
 
 import zoo
 from lox_hf import CheckpointError, LoxConfig, OutputError, SafetySubspace, extract_lox_adapter, harden_checkpoint
-from lox_hf.weights import writer as writer_module
-from lox_hf.weights.writer import FolderWriter, OutputFile
+from lox_hf.weights import output_file as output_module
+from lox_hf.weights.output_file import OutputFile
+from lox_hf.weights.writer import FolderWriter
 from test_bad_input import contents, nothing_lost
 
 KILLS, MATRICES, SIDE = 10, 12, 512
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_pair(folder: Path) -> Path:
     """A pair without an architecture: two folders of matrices in several shards, with a side file."""
-    folder = tmp_path_factory.mktemp("template")
     generator = torch.Generator().manual_seed(0)
     names = [f"m{number}.weight" for number in range(MATRICES)]
     base = {name: torch.randn(SIDE, SIDE, generator=generator) for name in names}
     for side in ("base", "aligned"):
-        (folder / side).mkdir()
+        (folder / side).mkdir(parents=True)
         (folder / side / "config.json").write_text("{}")
         (folder / side / "tokenizer.json").write_text('{"side": "file"}')
         weight_map = {}
@@ -47,6 +46,12 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
             weight_map[name] = file
         (folder / side / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair that no test changes."""
+    return make_pair(tmp_path_factory.mktemp("template"))
 
 
 @pytest.fixture
@@ -175,7 +180,7 @@ def test_a_flush_that_fails_in_the_background_is_told_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel reports a lost write once only: to the flush in the background, not to the one at the end."""
-    monkeypatch.setattr(writer_module, "FLUSH_BYTES", 4)
+    monkeypatch.setattr(output_module, "FLUSH_BYTES", 4)
     answers = iter([OSError(errno.EIO, "lost"), None])
 
     def fsync(fd: int) -> None:

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
     from lox_hf.analysis.layers import layer_map, where_most_lies
     from lox_hf.plots.layers import draw_layer_map
     from lox_hf.plots.style import check_matplotlib, save_figure
-    from lox_hf.weights.writer import output_errors
+    from lox_hf.weights.output_file import output_errors
 
     check_matplotlib()
     subspace = _subspace(options)

@@ -17,7 +17,8 @@ from lox_hf.records import DriftReading
 from lox_hf.robustness.variants import OF_THE_PAIR, Variant, edit_weights
 from lox_hf.subspace import SafetySubspace
 from lox_hf.training.monitor import read_drift
-from lox_hf.weights.writer import FolderWriter, output_errors
+from lox_hf.weights.output_file import output_errors
+from lox_hf.weights.writer import FolderWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lox_hf.errors import CheckpointError
 from lox_hf.records import TrainingReading
-from lox_hf.weights.writer import output_errors
+from lox_hf.weights.output_file import output_errors
 
 if TYPE_CHECKING:
     from lox_hf.subspace import SafetySubspace

@@ -9,7 +9,7 @@ from typing import Any
 
 from lox_hf.errors import CheckpointError
 from lox_hf.hub_files import hub_errors
-from lox_hf.weights.writer import output_errors
+from lox_hf.weights.output_file import output_errors
 
 TRIES = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 16.0

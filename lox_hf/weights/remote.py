@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lox_hf.errors import CheckpointError
 from lox_hf.hub_files import CHECKPOINT_FILES, Resolved, find_repository
+from lox_hf.weights.output_file import output_errors
 from lox_hf.weights.ranges import RemoteFile
 from lox_hf.weights.shard import Entry, Shard, map_file, view
 from lox_hf.weights.source import CheckpointSource, ShardedSource, shard_names
-from lox_hf.weights.writer import output_errors
 
 CONNECTIONS = 4
 FIRST_READ_BYTES = 2**16

@@ -1,105 +1,49 @@
 """A folder that appears whole or not at all: written beside its place, flushed to disk, published by one rename."""
 
-import errno
 import fcntl
 import os
 import shutil
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from safetensors import SafetensorError
-
 from lox_hf.errors import OutputError
-
-FLUSH_BYTES = 128 * 2**20
-COPY_BYTES = 2**20
-
-
-class OutputFile:
-    """A file of known size, filled at any position by any thread.
-
-    Args:
-        path: Where to write.
-        size_bytes: Final size; the space is reserved at once, so that a full disk shows before the work.
-        output: Folder that is being made, for messages.
-    """
-
-    def __init__(self, path: Path, size_bytes: int, output: Path) -> None:
-        self.path, self.output = path, output
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self._unflushed, self._lock = 0, threading.Lock()
-        self._flusher: threading.Thread | None = None
-        self._flush_error: OSError | None = None
-        try:
-            _reserve(self._fd, size_bytes)
-        except OSError:
-            os.close(self._fd)
-            raise
-
-    def write(self, data: memoryview, position: int) -> None:
-        """Write bytes at a position, in pieces that the page cache takes without stalling.
-
-        Raises:
-            OutputError: If the disk does not take them.
-        """
-        data = data.cast("B")
-        with output_errors(self.output):
-            for start in range(0, len(data), COPY_BYTES):
-                piece, done = data[start : start + COPY_BYTES], 0
-                while done < len(piece):
-                    done += os.pwrite(self._fd, piece[done:], position + start + done)
-        self._flush_behind(len(data))
-
-    def close(self) -> None:
-        """Flush to disk and close.
-
-        Raises:
-            OSError: If the disk did not take everything, now or in the background.
-        """
-        if self._flusher is not None:
-            self._flusher.join()
-        try:
-            os.fsync(self._fd)
-        finally:
-            os.close(self._fd)
-        if self._flush_error is not None:
-            raise self._flush_error
-
-    def _flush_behind(self, count: int) -> None:
-        """Let the disk work while the processor does: start a flush in the background every now and then."""
-        with self._lock:
-            self._unflushed += count
-            busy = self._flusher is not None and self._flusher.is_alive()
-            if self._unflushed < FLUSH_BYTES or busy:
-                return
-            self._unflushed = 0
-            self._flusher = threading.Thread(target=self._flush, daemon=True)
-            self._flusher.start()
-
-    def _flush(self) -> None:
-        try:
-            os.fsync(self._fd)
-        except OSError as error:  # the kernel tells of it once only, so it must be kept
-            self._flush_error = error
+from lox_hf.records import TensorReport
+from lox_hf.weights.journal import Journal
+from lox_hf.weights.output_file import COPY_BYTES, OutputFile, output_errors
 
 
 class FolderWriter:
     """The output folder while it is not published: `.NAME.lox-partial` beside it, locked against a second run.
 
     Use as a context manager: leaving it without `publish` removes everything. What a killed run left is removed by
-    the next one.
+    the next one, or gone on with where it is of the same run.
 
     Args:
         output_dir: Folder to publish; it must not exist, or be empty.
+        run: What has to be equal for a later run to go on where a killed one stopped; None never goes on.
+        is_first: Whether this process makes, locks and publishes the folder; the others fill files that it made.
+        is_shared: Several processes write: after an error the parts that are finished stay, as after a kill.
+
+    Attributes:
+        journal: The parts that are finished; None without `run`.
     """
 
-    def __init__(self, output_dir: str | Path) -> None:
+    def __init__(
+        self,
+        output_dir: str | Path,
+        run: Mapping[str, object] | None = None,
+        *,
+        is_first: bool = True,
+        is_shared: bool = False,
+    ) -> None:
         self.output = Path(output_dir).expanduser().absolute()
         self.partial = self.output.parent / f".{self.output.name}.lox-partial"
+        self.journal = None if run is None else Journal(self.partial, run)
+        self._is_first, self._is_shared = is_first, is_shared
         self._files: list[OutputFile] = []
         self._lock_fd = -1
         self._published = False
@@ -136,6 +80,8 @@ class FolderWriter:
             )
 
     def __enter__(self) -> Self:
+        if not self._is_first:
+            return self
         with output_errors(self.output):
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             self.partial.mkdir(exist_ok=True)
@@ -147,9 +93,21 @@ class FolderWriter:
                 raise OutputError(
                     f"Another run is writing {self.output}: wait for it, or choose another folder."
                 ) from error
+            try:
+                self._take_up()
+            except OSError:
+                self._give_up()
+                os.close(self._lock_fd)
+                raise
+        return self
+
+    def _take_up(self) -> None:
+        """Go on with what a killed run left, where it is of this run; otherwise start with an empty folder."""
+        if self.journal is None or not self.journal.is_of_this_run():
             for stale in self.partial.iterdir():
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        return self
+        if self.journal is not None:
+            self.journal.begin()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -157,12 +115,25 @@ class FolderWriter:
         for file in self._files:
             with suppress(OSError):
                 file.close()
+        if not self._is_first:
+            return
         if not self._published:  # otherwise a folder of this name is another run's
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self._give_up()
         os.close(self._lock_fd)
 
+    def _give_up(self) -> None:
+        """Remove the folder, or say why it stays: the others' finished parts are not this process's to drop."""
+        if not (self._is_shared and self.journal is not None and self.journal.entries()):
+            shutil.rmtree(self.partial, ignore_errors=True)
+            return
+        warnings.warn(
+            f"What is finished stays in {self.partial}: the same command goes on from there. Remove that folder if "
+            "you do not want to.",
+            stacklevel=3,
+        )
+
     def create(self, name: str, size_bytes: int) -> OutputFile:
-        """Create a file of the folder with its space reserved.
+        """Create a file of the folder with its space reserved; one of this size that is there is kept as it is.
 
         Args:
             name: Relative path.
@@ -177,9 +148,30 @@ class FolderWriter:
         with output_errors(self.output):
             path = self.partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = OutputFile(path, size_bytes, self.output)
+            if path.exists() and path.stat().st_size != size_bytes:
+                path.unlink()
+            return self._keep(OutputFile(path, size_bytes, self.output))
+
+    def _keep(self, file: OutputFile) -> OutputFile:
         self._files.append(file)
         return file
+
+    def open(self, name: str) -> OutputFile:
+        """Open a file that was created, by this process or another.
+
+        Args:
+            name: Relative path.
+
+        Returns:
+            The open file.
+
+        Raises:
+            OutputError: If it is not there.
+        """
+        path = self.partial / name
+        with output_errors(self.output):
+            file = next((file for file in self._files if file.path == path), None)
+            return file or self._keep(OutputFile(path, None, self.output))
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file of the folder.
@@ -210,6 +202,23 @@ class FolderWriter:
                 file.write(memoryview(piece), position)
                 position += len(piece)
 
+    def finish(self, reports: Mapping[str, Sequence[TensorReport]]) -> str:
+        """Flush all files to disk, and enter the tensors of a part as finished.
+
+        Args:
+            reports: Reports of the matrices of each tensor of the part.
+
+        Returns:
+            Name of the journal's entry.
+
+        Raises:
+            OutputError: If the disk is full.
+        """
+        with output_errors(self.output):
+            for file in self._files:
+                file.flush()
+            return self.journal.enter(reports) if self.journal else ""
+
     def publish(self) -> Path:
         """Flush everything to disk and rename the folder to its place.
 
@@ -222,6 +231,8 @@ class FolderWriter:
         with output_errors(self.output):
             while self._files:
                 self._files.pop().close()
+            if self.journal is not None:
+                self.journal.end()
             for path in sorted(self.partial.rglob("*"), reverse=True):  # files that others wrote, and folders
                 _flush_path(path)
             os.fsync(self._lock_fd)
@@ -229,45 +240,6 @@ class FolderWriter:
             self._published = True
             _flush_path(self.output.parent)
         return self.output
-
-
-@contextmanager
-def output_errors(output: Path) -> Iterator[None]:
-    """Turn the system's errors, and those of safetensors writing a file, into `OutputError` in words.
-
-    Args:
-        output: Folder that is being made.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OutputError: In place of an error of the system.
-    """
-    try:
-        yield
-    except OutputError:
-        raise
-    except (OSError, SafetensorError) as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full",
-            errno.EROFS: "the disk is read-only",
-            errno.EACCES: "no write permission",
-        }
-        reason = reasons.get(getattr(error, "errno", None) or 0, str(error))
-        raise OutputError(f"Cannot write {output}: {reason}. Nothing was published.") from error
-
-
-def _reserve(fd: int, size_bytes: int) -> None:
-    """Reserve the space of a file; file systems that cannot only set its size."""
-    try:
-        if size_bytes and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, size_bytes)
-            return
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-    os.ftruncate(fd, size_bytes)
 
 
 def _flush_path(path: Path) -> None:
