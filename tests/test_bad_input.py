@@ -264,7 +264,7 @@ def test_quantised_files_are_refused_by_scheme(side: str, pair: zoo.Pair) -> Non
 
 def test_fp8_tensors_are_named(pair: zoo.Pair) -> None:
     rewrite(pair.aligned_dir, lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)}))
-    refused(pair, UnsupportedModelError, rf"{re.escape(Q)}: float8_e4m3fn.*exclude_modules")
+    refused(pair, PairingError, rf"{re.escape(Q)}: float8_e4m3fn against bfloat16 .*same precision")
     assert harden(pair, exclude_modules=["layers.0.self_attn.q_proj"])[Q].dtype == torch.float8_e4m3fn
 
 

@@ -43,7 +43,7 @@ class Comparison:
 
     def sink(self, plan: TensorPlan, aligned: Tensor) -> MatrixSink:
         """Return what compares the finished rows of a tensor."""
-        before, found = matrices(aligned), matrices(self._published.get(plan.name))
+        before, found = matrices(aligned), matrices(self._published.get(plan.name).view(aligned.shape))
         tally = self._tallies[plan.name] = _Tally(aligned)
 
         def compare(number: int, part: slice, tile: Tensor) -> None:
@@ -64,7 +64,7 @@ class Comparison:
 
     def check(self, plan: TensorPlan) -> TensorCheck:
         """Judge a tensor after all its rows were compared."""
-        if not plan.edit:
+        if plan.name in self._copied:
             return self._copied[plan.name]
         return self._tallies[plan.name].check(plan.name, self._svd_tol)
 
@@ -74,16 +74,20 @@ class BothSources(ShardedSource):
 
     def __init__(self, aligned: ShardedSource, published: ShardedSource) -> None:
         super().__init__(aligned.shards, aligned.label)
-        self._published = published
+        self._aligned, self._published = aligned, published
+
+    def get(self, name: str) -> Tensor:
+        """Return the aligned tensor."""
+        return self._aligned.get(name)
 
     def prefetch(self, name: str) -> None:
         """Have both on their way."""
-        super().prefetch(name)
+        self._aligned.prefetch(name)
         self._published.prefetch(name)
 
     def release(self, name: str) -> None:
         """Let go of both."""
-        super().release(name)
+        self._aligned.release(name)
         self._published.release(name)
 
 
@@ -99,12 +103,12 @@ class _Tally:
 
     def add(self, aligned: Tensor, expected: Tensor, found: Tensor) -> None:
         """Count one tile; bits are compared, so that -0.0 is not 0.0 and NaN is NaN."""
-        change = expected.to(torch.float32, copy=True).sub_(aligned)
+        change = expected.to(torch.float32, copy=True).sub_(aligned.float())
         self.change_energy += torch.linalg.vector_norm(change).double().square().item()
         self.largest_change = max(self.largest_change, change.abs_().max().item())
         self.changed += int(torch.count_nonzero(change))
         del change
-        integers = torch.int32 if self.dtype.itemsize == 4 else torch.int16
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}[self.dtype.itemsize]
         other = expected.view(integers) != found.contiguous().view(integers)
         if not other.any():
             return

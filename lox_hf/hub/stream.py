@@ -11,16 +11,19 @@ from torch import Tensor
 from lox_hf.config import LoxConfig
 from lox_hf.edit import MatrixSink
 from lox_hf.edit_all import edit_tensors
+from lox_hf.edit_scaled import storing
 from lox_hf.errors import OutputError, UnsupportedModelError
-from lox_hf.harden import plan_files, row_sink, shards_of
+from lox_hf.harden import plan_files, shards_of
 from lox_hf.hub.repository import Repository
 from lox_hf.hub_files import find_repository
 from lox_hf.inputs import HasFactors, ModelLike, Pair, make_report, open_pair
 from lox_hf.records import HardeningPlan, HardeningReport, TensorPlan, TensorReport
+from lox_hf.weight_files import row_sink, source_of
 from lox_hf.weights.folder import is_adapter
+from lox_hf.weights.output_file import output_errors
 from lox_hf.weights.shard import Shard
-from lox_hf.weights.source import ADAPTER_CONFIG, INDEX_NAME, WEIGHTS_NAME, ShardedSource
-from lox_hf.weights.writer import FolderWriter, output_errors
+from lox_hf.weights.source import ADAPTER_CONFIG, INDEX_NAME, WEIGHTS_NAME
+from lox_hf.weights.writer import FolderWriter
 
 
 def harden_to_hub(
@@ -184,7 +187,7 @@ def _open(
             f"'{model}' is an adapter, which is small: harden it into a folder, look at it, and push that folder "
             "(lox-hf harden, then lox-hf push)."
         )
-    return open_pair(
+    pair = open_pair(
         model,
         base_model,
         config,
@@ -194,6 +197,9 @@ def _open(
         allow_repeat=allow_repeat,
         stream_in=work_dir,
     )
+    for shard in shards_of(pair):
+        source_of(pair).within([shard])  # each is worked on alone
+    return pair
 
 
 class _InPlace:
@@ -224,13 +230,14 @@ def _harden_in_place(
     pair: Pair, path: Path, progressbar: bool | None, num_workers: int | None
 ) -> tuple[TensorReport, ...]:
     shard = Shard(path)
+    source = source_of(pair).within([shard])
     fd = os.open(path, os.O_WRONLY)
     try:
         return edit_tensors(
             [plan for plan in pair.plans if plan.name in shard.entries],
-            ShardedSource([shard], pair.aligned.source.label),
+            source,
             pair.factors,
-            _InPlace(shard, fd),
+            storing(_InPlace(shard, fd), source),
             num_workers=num_workers,
             progressbar=progressbar,
             description=shard.name,

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from lox_hf.edit_all import edit_tensors
+from lox_hf.edit_scaled import storing
 from lox_hf.errors import CheckpointError, OutputError, UnsupportedModelError
 from lox_hf.hub.claim import Claim, read_stamp
 from lox_hf.hub.comparing import BothSources, Comparison, misfits
@@ -134,12 +135,13 @@ def _compare(
     aligned = _sharded(pair.aligned)
     wrong = misfits(pair.plans, aligned.infos(), published.infos())
     plans = [plan for plan in pair.plans if plan.name not in wrong]
-    target = Comparison(aligned, published, pair.config.svd_tol)
+    stored = ShardedSource(published.shards, published.label)  # compared as it is stored, whatever it stands for
+    target = Comparison(aligned, stored, pair.config.svd_tol)
     edit_tensors(
         plans,
         BothSources(aligned, published),
         pair.factors,
-        target,
+        storing(target, aligned),
         num_workers=num_workers,
         progressbar=progressbar,
         description="Verifying",

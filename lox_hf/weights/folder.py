@@ -105,22 +105,39 @@ def named_relation(folder: Path) -> str:
     return str(card_metadata(folder).get("base_model_relation") or "")
 
 
+def quantisation(folder: Path) -> dict[str, Any]:
+    """What `config.json` says of quantisation; empty where the checkpoint is not quantised.
+
+    Args:
+        folder: Checkpoint folder.
+
+    Returns:
+        The `quantization_config`.
+
+    Raises:
+        CheckpointError: If the file is not JSON.
+    """
+    found = model_config(folder).get("quantization_config") or {}
+    return found if isinstance(found, dict) else {"quant_method": str(found)}
+
+
 def check_dense(folder: Path, label: str) -> None:
-    """Refuse a quantised checkpoint, by the name of its scheme.
+    """Refuse a quantised checkpoint, by the name of its scheme, unless its weights are float8 with scales.
 
     Args:
         folder: Checkpoint folder.
         label: How messages call it.
 
     Raises:
-        UnsupportedModelError: If `config.json` has a quantization_config.
+        UnsupportedModelError: If its stored numbers are codes.
     """
-    quantisation = model_config(folder).get("quantization_config")
-    if quantisation:
-        scheme = quantisation.get("quant_method", "unknown scheme") if isinstance(quantisation, dict) else quantisation
+    scheme = quantisation(folder)
+    if scheme and not _is_float8(scheme):
+        words = (scheme.get("quant_method", "unknown scheme"), scheme.get("format"), scheme.get("expert_dtype"))
         raise UnsupportedModelError(
-            f"{label} is quantised ({scheme}); its stored numbers are codes, not weights. Harden the full-precision "
-            "checkpoint and quantise the result, or put the LoX adapter on the quantised model with get_lox_model."
+            f"{label} is quantised ({' '.join(str(word) for word in words if word)}); its stored numbers are codes, "
+            "not weights. Harden the full-precision checkpoint and quantise the result, or put the LoX adapter on the "
+            "quantised model with get_lox_model."
         )
 
 
@@ -176,3 +193,16 @@ def _same_model(name: str, model: Resolved) -> bool:
         return True
     path = Path(name).expanduser()
     return path.is_dir() and path.resolve() == model.folder.resolve()
+
+
+def _is_float8(scheme: dict[str, Any]) -> bool:
+    """Whether every quantised weight is float8 with scales: FineGrainedFP8, or compressed-tensors' float-quantized."""
+    if scheme.get("quant_method") == "fp8":
+        return scheme.get("expert_dtype", "fp8") == "fp8"
+    if scheme.get("quant_method") != "compressed-tensors" or scheme.get("format") != "float-quantized":
+        return False
+    weights = [(group or {}).get("weights") or {} for group in (scheme.get("config_groups") or {}).values()]
+    is_rotated = bool(scheme.get("transform_config"))
+    is_sparse = (scheme.get("sparsity_config") or {}).get("format", "dense") != "dense"
+    eight_bits = all(each.get("type") == "float" and each.get("num_bits") == 8 for each in weights)
+    return bool(weights) and eight_bits and not is_rotated and not is_sparse

@@ -26,16 +26,17 @@ def check_pairs(aligned: WeightSource, base: WeightSource, plans: list[TensorPla
         PairingError: If tensors are missing, extra, or of another shape or dtype; all are listed.
     """
     ours, theirs = aligned.infos(), base.infos()
+    scaled = {info.scale_of for infos in (ours, theirs) for info in infos.values()}
     tables = [module_name(plan.name).rpartition(".")[2] for plan in plans if _is_resized(plan, ours, theirs)]
     problems = [
         problem
         for plan in plans
-        for problem in _problems(plan, ours[plan.name], theirs.get(plan.name), config, tables)
+        for problem in _problems(plan, ours[plan.name], theirs.get(plan.name), config, tables, scaled)
     ]
     problems += [
         f"{name}: {info.shape}, only in base{_tied_remedy(name)}"
         for name, info in theirs.items()
-        if name not in ours and len(info.shape) > 1 and not _excused(name, config)
+        if name not in ours and len(info.shape) > 1 and not info.scale_of and not _excused(name, config)
     ]
     if not problems:
         return
@@ -48,17 +49,23 @@ def check_pairs(aligned: WeightSource, base: WeightSource, plans: list[TensorPla
 
 
 def _problems(
-    plan: TensorPlan, ours: TensorInfo, theirs: TensorInfo | None, config: LoxConfig, tables: list[str]
+    plan: TensorPlan,
+    ours: TensorInfo,
+    theirs: TensorInfo | None,
+    config: LoxConfig,
+    tables: list[str],
+    scaled: set[str],
 ) -> Iterable[str]:
     if theirs is None:
-        if plan.edit or (_is_floating(ours) and not _excused(plan.name, config)):
+        if plan.edit or (_is_floating(ours) and not ours.scale_of and not _excused(plan.name, config)):
             yield f"{plan.name}: missing in base{_tied_remedy(plan.name)}"
     elif plan.edit and ours.shape != theirs.shape:
         resized = module_name(plan.name).rpartition(".")[2] in tables
         remedy = f" [resized vocabulary: pass exclude_modules={json.dumps(tables)}]" if resized else ""
         yield f"{plan.name}: {ours.shape} against {theirs.shape}{remedy}"
-    elif plan.edit and ours.stored != theirs.stored and not _castable(theirs, config):
-        yield f"{plan.name}: {ours.stored} against {theirs.stored} [another dtype: {_dtype_remedy(theirs)}]"
+    elif plan.edit and ours.stored != theirs.stored and plan.name not in scaled:  # with scales, it is any dtype's peer
+        if not (config.cast_base and _can_be_cast(ours, theirs)):
+            yield f"{plan.name}: {ours.stored} against {theirs.stored} [another dtype: {_dtype_remedy(ours, theirs)}]"
 
 
 def _tied_remedy(name: str) -> str:
@@ -79,8 +86,9 @@ def _is_floating(info: TensorInfo) -> bool:
     return info.dtype is not None and info.dtype.is_floating_point
 
 
-def _castable(info: TensorInfo, config: LoxConfig) -> bool:
-    return config.cast_base and _is_floating(info) and info.dtype is not None and info.dtype.itemsize >= 2
+def _can_be_cast(ours: TensorInfo, theirs: TensorInfo) -> bool:
+    """Whether the base can be rounded to the aligned dtype: float8 is not, as it is read in another."""
+    return not ours.read_as and _is_floating(theirs) and theirs.dtype is not None and theirs.dtype.itemsize >= 2
 
 
 def _is_resized(plan: TensorPlan, ours: Mapping[str, TensorInfo], theirs: Mapping[str, TensorInfo]) -> bool:
@@ -91,7 +99,7 @@ def _is_resized(plan: TensorPlan, ours: Mapping[str, TensorInfo], theirs: Mappin
     return len(here) == len(there) == 2 and here[1] == there[1] and here[0] != there[0]
 
 
-def _dtype_remedy(theirs: TensorInfo) -> str:
-    if _is_floating(theirs) and theirs.dtype is not None and theirs.dtype.itemsize >= 2:
+def _dtype_remedy(ours: TensorInfo, theirs: TensorInfo) -> str:
+    if _can_be_cast(ours, theirs):
         return "pass cast_base=True (--cast-base) to round the base to the aligned dtype first"
     return "use a base in the same precision"

@@ -84,6 +84,11 @@ def layer_place(module: str, layers_pattern: list[str] | str | None = None) -> L
     return None
 
 
+def is_editable(info: TensorInfo) -> bool:
+    """Whether a tensor is read in a dtype in which numbers are added and rounded once."""
+    return (info.read_as or info.dtype) in EDITABLE
+
+
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """How a tensor is read as matrices: (count, m, n).
 
@@ -119,6 +124,8 @@ def _plan(name: str, info: TensorInfo, config: LoxConfig, linear: frozenset[str]
 
 
 def _decide(module: str, info: TensorInfo, config: LoxConfig, linear: frozenset[str]) -> tuple[bool, str]:
+    if info.scale_of:
+        return False, f"scale of {info.scale_of}"
     if len(info.shape) < 2:
         return False, "fewer than two dims"
     if info.dtype is not None and not info.dtype.is_floating_point:
@@ -223,7 +230,7 @@ def _unmatched(field: str, value: list[str] | str | None, modules: list[str]) ->
 
 
 def _check_dtypes(infos: Mapping[str, TensorInfo], plans: list[TensorPlan]) -> None:
-    wrong = [f"{plan.name}: {plan.dtype}" for plan in plans if plan.edit and infos[plan.name].dtype not in EDITABLE]
+    wrong = [f"{plan.name}: {plan.dtype}" for plan in plans if plan.edit and not is_editable(infos[plan.name])]
     if wrong:
         raise UnsupportedModelError(
             f"{len(wrong)} selected tensors are stored in a dtype that cannot be edited: {listing(wrong)} "

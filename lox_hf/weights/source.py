@@ -18,6 +18,8 @@ INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+SAMPLED = 32
+"""Tensors whose numbers tell a checkpoint from another of the same shapes; each costs up to 64 reads."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,15 @@ class TensorInfo:
         shape: Shape of the tensor.
         dtype: Its dtype; None where torch has none for the stored format.
         stored: Name of the stored dtype, such as "bfloat16" or "F4".
+        read_as: Dtype that it is read in; None where that is the stored one.
+        scale_of: The weight whose numbers or inputs this scales; empty for a tensor of its own.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     stored: str
+    read_as: torch.dtype | None = None
+    scale_of: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -87,6 +93,10 @@ class ShardedSource:
 
     def get(self, name: str) -> Tensor:
         """Return a tensor, as a view of a mapped file."""
+        return self.stored(name)
+
+    def stored(self, name: str) -> Tensor:
+        """Return a tensor as the file holds it, whatever its numbers stand for."""
         return self._shard_of[name].tensor(name)
 
     def raw(self, name: str) -> memoryview:
@@ -100,6 +110,14 @@ class ShardedSource:
     def release(self, name: str) -> None:
         """Let go of a tensor."""
         self._shard_of[name].release(name)
+
+    def shard_of(self, name: str) -> ShardLike:
+        """Return the file that holds a tensor."""
+        return self._shard_of[name]
+
+    def within(self, shards: Sequence[ShardLike]) -> "ShardedSource":
+        """Return the tensors of these files alone: copies of some of this model's."""
+        return ShardedSource(shards, self.label)
 
     def check_index(self, folder: Path) -> None:
         """Check that the index names every tensor's file, and no other.
@@ -190,6 +208,28 @@ def weights_sample(tensors: Iterable[tuple[str, Tensor]]) -> str:
         if weight.is_floating_point() and not weight.is_meta:
             step = max(1, -(-weight.numel() // 64))
             digest.update(f"{name} {weight.detach().flatten()[::step].tolist()}".encode())
+    return digest.hexdigest()
+
+
+def weights_identity(source: WeightSource) -> str:
+    """Tell weights from others of the same shapes and names, at the cost of a few reads.
+
+    Args:
+        source: The weights.
+
+    Returns:
+        Hex digits: SHA-256 of the headers of the files, if there are any, and of numbers of `SAMPLED` tensors.
+    """
+    digest = hashlib.sha256()
+    for shard in source.shards if isinstance(source, ShardedSource) else ():
+        digest.update(f"{shard.name} {shard.size_bytes}".encode())
+        digest.update(shard.header)
+    floating = [name for name, info in source.infos().items() if info.dtype and info.dtype.is_floating_point]
+    sampled = floating[:: max(1, len(floating) // SAMPLED)]
+    read = source.stored if isinstance(source, ShardedSource) else source.get
+    digest.update(weights_sample((name, read(name)) for name in sampled).encode())
+    for name in sampled:
+        source.release(name)
     return digest.hexdigest()
 
 
