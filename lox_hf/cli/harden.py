@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from lox_hf.cli.config_file import merge_file, refuse_without
 from lox_hf.cli.options import (
     add_config_options,
+    add_device_option,
     add_input_options,
     add_subspace_option,
     call_options,
@@ -17,10 +19,12 @@ from lox_hf.cli.options import (
     describe,
     make_config,
 )
+from lox_hf.cli.plan_table import estimate_table, plan_table
 from lox_hf.errors import ConfigError
 
 if TYPE_CHECKING:
     from lox_hf.config import LoxConfig
+    from lox_hf.ranks import Ranks
     from lox_hf.records import HardeningPlan, HardeningReport
 
     Route: TypeAlias = tuple[Callable[..., HardeningPlan], Callable[..., HardeningReport], Path | str]
@@ -35,6 +39,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add_input_options(parser)
     add_subspace_option(parser)
+    add_device_option(parser)
     parser.add_argument(
         "--push-to",
         metavar="REPO_ID",
@@ -47,28 +52,64 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--work-dir", metavar="DIR", help="with --push-to: folder for the shard in work (default: TMPDIR)"
     )
-    parser.add_argument("--dry-run", action="store_true", default=None, help="print the plan, write nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        default=None,
+        help="print the plan and what it takes, write nothing; of the model its config.json is enough",
+    )
     add_config_options(parser)
     parser.set_defaults(func=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Harden, and print the report."""
+    """Harden, and print the report; of several processes the first one speaks for all."""
+    from lox_hf.ranks import join_ranks
+
     options = merge_file(options)
     config = make_config(options)
-    plan_it, harden_it, output = _hub(options, config) if options.push_to else _folder(options, config)
+    with join_ranks() as ranks:
+        if options.dry_run:
+            _show_plan(options, config, ranks)
+        else:
+            _harden(options, config, ranks)
+
+
+def _show_plan(options: argparse.Namespace, config: "LoxConfig", ranks: "Ranks") -> None:
+    """Print the plan with what it takes."""
+    from lox_hf.estimate import estimate
+
+    plan_it, _, output = _route(options, config, ranks)
     plan = plan_it()
-    about = describe(options, config, plan, output)
-    if options.dry_run:
-        print(plan.to_json() if options.json else f"{about}\n\n{plan_table(plan)}")
+    if plan.base is not None:  # an adapter's factors take no time
+        ranks.gather(None)  # all at once, so that they slow each other as they will in the work
+        plan = replace(plan, estimate=estimate(plan, config, processes=ranks.size))
+    if not ranks.is_first:
         return
-    if not options.json:
-        print(about, flush=True)
-    report = harden_it(progressbar=False if options.json else None)
-    print(report.to_json() if options.json else f"\n{report_summary(report, load_from=options.push_to)}")
+    parts = [describe(options, config, plan, output), plan_table(plan)]
+    if plan.estimate is not None:
+        parts.append(estimate_table(plan, plan.estimate, to_hub=bool(options.push_to)))
+    print(plan.to_json() if options.json else "\n\n".join(parts))
 
 
-def _folder(options: argparse.Namespace, config: "LoxConfig") -> "Route":
+def _harden(options: argparse.Namespace, config: "LoxConfig", ranks: "Ranks") -> None:
+    """Print what will be done, do it, and print the report."""
+    plan_it, harden_it, output = _route(options, config, ranks)
+    speaks = ranks.is_first and not options.json
+    if speaks:
+        print(describe(options, config, plan_it(), output), flush=True)
+    report = harden_it(progressbar=None if speaks else False)
+    if speaks:
+        print(f"\n{report_summary(report, load_from=options.push_to)}")
+    elif ranks.is_first:
+        print(report.to_json())
+
+
+def _route(options: argparse.Namespace, config: "LoxConfig", ranks: "Ranks") -> "Route":
+    return _hub(options, config, ranks) if options.push_to else _folder(options, config, ranks)
+
+
+def _folder(options: argparse.Namespace, config: "LoxConfig", ranks: "Ranks") -> "Route":
     """To a folder on this machine."""
     refuse_without(options, "push_to", ("public", "work_dir"))
     from lox_hf.harden import harden_checkpoint, plan_hardening
@@ -78,15 +119,19 @@ def _folder(options: argparse.Namespace, config: "LoxConfig") -> "Route":
     planned = None if options.dry_run else output
     return (
         partial(plan_hardening, options.model, config, output_dir=planned, **common),
-        partial(harden_checkpoint, options.model, output, config, **common),
+        partial(harden_checkpoint, options.model, output, config, ranks=ranks, device=options.device, **common),
         output,
     )
 
 
-def _hub(options: argparse.Namespace, config: "LoxConfig") -> "Route":
+def _hub(options: argparse.Namespace, config: "LoxConfig", ranks: "Ranks") -> "Route":
     """Straight to the Hub."""
     if options.output is not None:
         raise ConfigError("--output and --push-to are two places for one result: choose one.")
+    if options.device is not None:
+        raise ConfigError("--push-to works on the CPU, since the line is slower than it: leave --device out.")
+    if ranks.size > 1:
+        raise ConfigError("--push-to works in one process: harden into a folder with torchrun, then lox-hf push.")
     from lox_hf.hub.stream import harden_to_hub, plan_to_hub
 
     common = {**call_options(options), "work_dir": options.work_dir, "private": not options.public}
@@ -95,26 +140,6 @@ def _hub(options: argparse.Namespace, config: "LoxConfig") -> "Route":
         partial(harden_to_hub, options.model, options.push_to, config, **common),
         f"'{options.push_to}' on the Hub",
     )
-
-
-def plan_table(plan: "HardeningPlan") -> str:
-    """The plan, a line per tensor."""
-    width = max(len(tensor.name) for tensor in plan.tensors)
-    rows = [
-        f"{tensor.name:<{width}}  {tensor.shape!s:<16}  {tensor.dtype:<9}  "
-        + (
-            f"r {'full' if tensor.r is None else tensor.r}, alpha {tensor.alpha}"
-            if tensor.edit
-            else f"copied: {tensor.reason}"
-        )
-        for tensor in plan.tensors
-    ]
-    edited = len(plan.edited)
-    rows.append(
-        f"\n{edited} tensors to edit, {len(plan.tensors) - edited} to copy, {plan.total_bytes / 1e9:.3f} GB. "
-        "Nothing was written."
-    )
-    return "\n".join(rows + [f"Not copied: {', '.join(plan.left_out)}"] * bool(plan.left_out))
 
 
 def report_summary(report: "HardeningReport", *, load_from: str | None = None) -> str:

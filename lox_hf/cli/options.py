@@ -89,6 +89,15 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add where the work is done."""
+    parser.add_argument(
+        "--device",
+        metavar="auto|cpu|cuda|cuda:N",
+        help="where directions are found and added (default: auto, the accelerator where there is one, else the CPU)",
+    )
+
+
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Add one option per field of `LoxConfig`, with the field's own words as help."""
     group = parser.add_argument_group("settings (LoxConfig)")
@@ -182,11 +191,13 @@ def describe(options: argparse.Namespace, config: LoxConfig, plan: "HardeningPla
     base = plan.base.name_or_path if plan.base else "not needed: the adapter is the change alignment made"
     if plan.base_found_in == "subspace":
         base += " (from the subspace)"
+    elif plan.is_from_config:
+        base += " (not read: all of it is taken to be like the aligned model's)"
     elif plan.base and plan.base_found_in != "config":
         base += f" (named by {plan.base_found_in} of the aligned model)"
     named_output = "" if options.output or getattr(options, "push_to", None) else " (named after the aligned model)"
     rows = {
-        "aligned": options.model,
+        "aligned": f"{options.model}{' (planned from config.json alone: no weights are there)' * plan.is_from_config}",
         "base": base,
         "r": setting("r", "full rank" if config.r is None else config.r),
         "alpha": setting("alpha", config.alpha),

@@ -1,4 +1,4 @@
-"""Lists, numbers, seeds and settings as the command line takes them."""
+"""Lists, numbers, seeds and settings as the command line takes them, and times as it shows them."""
 
 import json
 from typing import Any
@@ -86,6 +86,20 @@ def parse_settings(flag: str, words: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{flag} takes NAME=VALUE, got '{word}'.")
         found[name.replace("-", "_")] = _json(value)
     return found
+
+
+def duration(seconds: float) -> str:
+    """Write a time in the unit that it is read in.
+
+    Args:
+        seconds: The time.
+
+    Returns:
+        Such as "12 s", "5 min" or "3.5 h".
+    """
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _split(text: str) -> list[str]:

@@ -4,7 +4,15 @@ from lox_hf.records.auto import AutoModel, AutoPlan, AutoReport, Choice
 from lox_hf.records.base import JsonRecord, ModelReference
 from lox_hf.records.comparison import JudgeAgreement, PairedDifference, SafetyComparison, SafetyRun
 from lox_hf.records.drift import DriftReading, ProbeReading, TensorDrift, TrainingReading
-from lox_hf.records.hardening import REPORT_NAME, HardeningPlan, HardeningReport, TensorPlan, TensorReport
+from lox_hf.records.hardening import (
+    FROM_CONFIG,
+    REPORT_NAME,
+    HardeningEstimate,
+    HardeningPlan,
+    HardeningReport,
+    TensorPlan,
+    TensorReport,
+)
 from lox_hf.records.landscape import Basin, GridPoint, Landscape, PlacedModel
 from lox_hf.records.layers import LayerEntry, LayerMap, LayerSummary
 from lox_hf.records.publishing import PushedFile, PushReport, TensorCheck, VerificationReport
@@ -25,6 +33,7 @@ from lox_hf.records.stress_report import (
 from lox_hf.records.utility import AccuracyReport, PerplexityReport
 
 __all__ = [
+    "FROM_CONFIG",
     "REPORT_NAME",
     "AccuracyReport",
     "AttackOutcome",
@@ -42,6 +51,7 @@ __all__ = [
     "DriftReading",
     "EffectiveRank",
     "GridPoint",
+    "HardeningEstimate",
     "HardeningPlan",
     "HardeningReport",
     "JsonRecord",

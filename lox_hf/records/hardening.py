@@ -7,6 +7,7 @@ from typing import Any, Self
 from lox_hf.records.base import JsonRecord, ModelReference
 
 REPORT_NAME = "lox_report.json"
+FROM_CONFIG = "config.json alone"
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,46 @@ class TensorPlan(JsonRecord):
 
 
 @dataclass(frozen=True)
+class HardeningEstimate(JsonRecord):
+    """What a plan takes on this machine's CPU, estimated by `lox_hf.estimate.estimate`.
+
+    Attributes:
+        read_bytes: Bytes of weights that will be read, of both models.
+        write_bytes: Bytes of weights that will be written: the free disk that is wanted.
+        memory_bytes: Anonymous memory of each process; mapped file pages are the kernel's and come on top as they fit.
+        threads: Threads of each process.
+        processes: Processes that share the work.
+        work_s: Wall time of the work with files in the page cache, in seconds; a slower disk is waited for on top.
+
+    Example:
+        >>> from lox_hf.records import HardeningEstimate
+        >>> HardeningEstimate(4_000_000, 2_000_000, 250_000_000, threads=2, processes=1, work_s=0.5).work_s
+        0.5
+    """
+
+    read_bytes: int
+    write_bytes: int
+    memory_bytes: int
+    threads: int
+    processes: int
+    work_s: float
+
+
+@dataclass(frozen=True)
 class HardeningPlan(JsonRecord):
     """What `harden_checkpoint` would do; every check that needs no weights has passed.
 
     Attributes:
         aligned: The model that is hardened.
         base: The model before alignment; None where the aligned model is an adapter.
-        base_found_in: Where the base was named: "config", or the file of the aligned model that names it.
+        base_found_in: Where the base was named: "config", or the file of the aligned model that names it;
+            "config.json alone" where the weights are not there and no base is read.
         tensors: One entry per tensor, in file order.
         total_bytes: Bytes of weights that will be written.
         files: Files besides the weights that will be copied.
         left_out: Files that will not be copied, as they hold weights in another form.
         warnings: What a reader should know.
+        estimate: What it takes; None where nobody has asked.
 
     Example:
         >>> from lox_hf import plan_hardening
@@ -120,11 +149,17 @@ class HardeningPlan(JsonRecord):
     files: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    estimate: HardeningEstimate | None = None
 
     @property
     def edited(self) -> tuple[TensorPlan, ...]:
         """The tensors that will be extrapolated."""
         return tuple(tensor for tensor in self.tensors if tensor.edit)
+
+    @property
+    def is_from_config(self) -> bool:
+        """Whether the weights are not there, so that the plan is made from the model's config alone."""
+        return self.base_found_in == FROM_CONFIG
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -135,6 +170,7 @@ class HardeningPlan(JsonRecord):
                 "aligned": ModelReference.from_dict(data["aligned"]),
                 "base": ModelReference.from_dict(data["base"]) if data.get("base") else None,
                 "tensors": tuple(TensorPlan.from_dict(item) for item in data["tensors"]),
+                "estimate": HardeningEstimate.from_dict(data["estimate"]) if data.get("estimate") else None,
                 **{name: tuple(data.get(name, ())) for name in ("files", "left_out", "warnings")},
             }
         )
