@@ -1,21 +1,33 @@
-"""All tensors of a checkpoint, each once: edited or handed on, whatever takes them."""
+"""All tensors of a model, each once, wherever the work is done: of files that are written, and of one in memory."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from lox_hf.edit import FactorSource, MatrixSink, edit_tensor
+from lox_hf.core.buffers import free_scratch
+from lox_hf.core.precision import exact_products
+from lox_hf.device import CPU, in_batches
+from lox_hf.edit import Directions, FactorSource, MatrixSink, edit_tensor
+from lox_hf.edit_batches import find_in_batches
 from lox_hf.parallel import map_tensors
+from lox_hf.progress import progress_bar
 from lox_hf.records import TensorPlan, TensorReport
-from lox_hf.weights.source import WeightSource
+from lox_hf.staging import Drain
+from lox_hf.weights.source import DictSource, WeightSource
+
+TensorWork = Callable[[TensorPlan, Tensor, Directions], None]
+"""Takes a tensor where the work is done, and its directions."""
 
 
 class Target(Protocol):
     """Where the finished tensors go."""
 
     def sink(self, plan: TensorPlan, aligned: Tensor) -> MatrixSink:
-        """Return what takes the finished rows of a tensor that is edited."""
+        """Return what takes the finished rows, on the CPU, of a tensor that is edited, which may be on a device."""
         ...
 
     def copy(self, plan: TensorPlan) -> None:
@@ -29,6 +41,7 @@ def edit_tensors(
     factors: FactorSource,
     target: Target,
     *,
+    device: torch.device = CPU,
     num_workers: int | None = None,
     progressbar: bool | None = None,
     description: str = "Hardening",
@@ -41,8 +54,9 @@ def edit_tensors(
         plans: What to do.
         aligned: The aligned tensors.
         factors: Where the directions come from.
-        target: Where the finished tensors go; it is called from several threads.
-        num_workers: Threads; None takes torch's number of threads.
+        target: Where the finished tensors go; it is called from several threads, for one tensor from one.
+        device: Where the work is done; see `resolve_device`.
+        num_workers: Threads on the CPU; None takes torch's number of threads.
         progressbar: Show a progress bar; None shows one on a terminal only.
         description: Text beside the bar.
         groups: Group of each tensor by its name: a group begins before the next one does; None takes them as one.
@@ -54,34 +68,179 @@ def edit_tensors(
     Raises:
         NumericsError: If a matrix is not finite, does not converge or overflows; it is named.
     """
-    infos = aligned.infos()
+    infos, groups = aligned.infos(), groups or {}
+    reports: dict[str, list[TensorReport]] = {}
 
-    def prepare(plan: TensorPlan) -> None:
-        aligned.prefetch(plan.name)
-        if plan.edit:
-            factors.prefetch(plan.name)
+    def done(plan: TensorPlan, found: list[TensorReport]) -> None:
+        if finished is not None:
+            finished(plan, found)
+        reports[plan.name] = found
 
-    def work(plan: TensorPlan) -> list[TensorReport]:
-        reports: list[TensorReport] = []
+    if in_batches(device):
+        with progress_bar(_bytes(plans, aligned), progressbar, description, unit="B") as advance:
+            _edit_on(device, plans, aligned, factors, target, groups, done, advance)
+        return tuple(report for plan in plans for report in reports[plan.name])
+
+    def work(plan: TensorPlan) -> None:
+        found: list[TensorReport] = []
         if plan.edit:
             tensor = aligned.get(plan.name)
-            reports = edit_tensor(plan, tensor, factors, target.sink(plan, tensor))
+            found = edit_tensor(plan, tensor, factors, target.sink(plan, tensor))
             factors.release(plan.name)
         else:
             target.copy(plan)
         aligned.release(plan.name)
-        if finished is not None:
-            finished(plan, reports)
-        return reports
+        done(plan, found)
 
-    results = map_tensors(
+    map_tensors(
         work,
         plans,
         size_of=lambda plan: infos[plan.name].size_bytes,
         num_workers=num_workers,
         progressbar=progressbar,
         description=description,
-        prepare=prepare,
-        group_of=lambda plan: groups[plan.name] if groups else 0,
+        prepare=partial(_prefetch, aligned, factors),
+        group_of=lambda plan: groups.get(plan.name, 0),
     )
-    return tuple(report for reports in results for report in reports)
+    return tuple(report for plan in plans for report in reports[plan.name])
+
+
+def each_tensor(
+    work: TensorWork,
+    plans: Sequence[TensorPlan],
+    aligned: WeightSource,
+    factors: FactorSource,
+    *,
+    device: torch.device | None = None,
+    progressbar: bool | None = None,
+    description: str = "",
+) -> None:
+    """Do something with every tensor that is edited and its directions: on accelerators one by one, else in threads.
+
+    Args:
+        work: What to do.
+        plans: Tensors that are edited.
+        aligned: The aligned tensors.
+        factors: Where the directions come from.
+        device: Where the work is done; None works on each tensor where it is.
+        progressbar: Show a progress bar; None shows one on a terminal only.
+        description: Text beside the bar.
+
+    Raises:
+        LoxError: The first error of `work`, and of finding the directions.
+    """
+    places: dict[torch.device, list[TensorPlan]] = {}
+    for plan in plans:
+        there = aligned.get(plan.name).device if isinstance(aligned, DictSource) else CPU
+        places.setdefault(device or there, []).append(plan)
+    for place, here in places.items():
+        if in_batches(place):
+            with progress_bar(_bytes(here, aligned), progressbar, description, unit="B") as advance:
+                _each_on(place, work, here, aligned, factors, advance)
+        else:
+            _each_in_threads(work, here, aligned, factors, progressbar, description)
+
+
+def _each_on(
+    device: torch.device,
+    work: TensorWork,
+    plans: Sequence[TensorPlan],
+    aligned: WeightSource,
+    factors: FactorSource,
+    advance: Callable[[int], object],
+) -> None:
+    infos = aligned.infos()
+    with _working_on(device), closing(find_in_batches(plans, aligned, factors, device=device)) as found:
+        for plan, tensor, directions in found:
+            work(plan, tensor, directions)
+            advance(infos[plan.name].size_bytes)
+
+
+def _each_in_threads(
+    work: TensorWork,
+    plans: Sequence[TensorPlan],
+    aligned: WeightSource,
+    factors: FactorSource,
+    progressbar: bool | None,
+    description: str,
+) -> None:
+    infos = aligned.infos()
+
+    def run(plan: TensorPlan) -> None:
+        work(plan, aligned.get(plan.name), factors)
+        aligned.release(plan.name)
+        factors.release(plan.name)
+
+    map_tensors(
+        run,
+        plans,
+        size_of=lambda plan: infos[plan.name].size_bytes,
+        progressbar=progressbar,
+        description=description,
+        prepare=partial(_prefetch, aligned, factors),
+    )
+
+
+def _edit_on(
+    device: torch.device,
+    plans: Sequence[TensorPlan],
+    aligned: WeightSource,
+    factors: FactorSource,
+    target: Target,
+    groups: Mapping[str, int],
+    done: Callable[[TensorPlan, list[TensorReport]], None],
+    advance: Callable[[int], object],
+) -> None:
+    """Edit on an accelerator; what is written, copied and reported is so in the drain's thread, in that order."""
+    infos = aligned.infos()
+    copies = sorted((plan for plan in plans if not plan.edit), key=lambda plan: -groups.get(plan.name, 0))
+    edited = [plan for plan in plans if plan.edit]
+
+    def end(plan: TensorPlan, reports: list[TensorReport]) -> None:
+        done(plan, reports)
+        advance(infos[plan.name].size_bytes)
+
+    def copy(plan: TensorPlan) -> None:
+        target.copy(plan)
+        aligned.release(plan.name)
+        end(plan, [])
+
+    def edit(plan: TensorPlan, tensor: Tensor, directions: Directions) -> None:
+        sink = target.sink(plan, tensor)
+        reports = edit_tensor(
+            plan, tensor, directions, lambda number, part, tile: drain.rows(part, tile, partial(sink, number))
+        )
+        drain.then(partial(end, plan, reports))
+
+    with (
+        _working_on(device),
+        Drain(device) as drain,
+        closing(find_in_batches(edited, aligned, factors, device=device, groups=groups)) as found,
+    ):
+        for plan, tensor, directions in found:
+            while copies and groups.get(copies[-1].name, 0) <= groups.get(plan.name, 0):
+                drain.then(partial(copy, copies.pop()))
+            edit(plan, tensor, directions)
+        for plan in reversed(copies):
+            drain.then(partial(copy, plan))
+
+
+@contextmanager
+def _working_on(device: torch.device) -> Iterator[None]:
+    """Products of float32 in float32, no record for gradients, and no buffer left on the device."""
+    with torch.no_grad(), exact_products():
+        try:
+            yield
+        finally:
+            free_scratch(device)
+
+
+def _prefetch(aligned: WeightSource, factors: FactorSource, plan: TensorPlan) -> None:
+    aligned.prefetch(plan.name)
+    if plan.edit:
+        factors.prefetch(plan.name)
+
+
+def _bytes(plans: Sequence[TensorPlan], aligned: WeightSource) -> int:
+    infos = aligned.infos()
+    return sum(infos[plan.name].size_bytes for plan in plans)

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from lox_hf.core.precision import exact_products
 from lox_hf.progress import progress_bar
 
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -32,7 +33,7 @@ def map_tensors(
     """Run `work` on every item, in each group the largest first so that the threads end together.
 
     Products of a tall matrix with a few columns scale badly over threads, tensors scale well: hence a thread per
-    tensor with kernels on one thread. The number of kernel threads is restored afterwards.
+    tensor with kernels on one thread, and products of float32 matrices in float32; both are restored afterwards.
 
     Args:
         work: Function of one item; it must be safe to run in several threads.
@@ -53,7 +54,11 @@ def map_tensors(
     workers = max(1, min(num_workers or torch.get_num_threads(), len(items)))
     order = sorted(range(len(items)), key=lambda number: (group_of(items[number]), -size_of(items[number])))
     stop = threading.Event()
-    with progress_bar(sum(map(size_of, items)), progressbar, description, unit="B") as advance, _kernel_threads(1):
+    with (
+        progress_bar(sum(map(size_of, items)), progressbar, description, unit="B") as advance,
+        _kernel_threads(1),
+        exact_products(),
+    ):
 
         def announce(places: range) -> None:
             for place in places:
@@ -66,7 +71,7 @@ def map_tensors(
             announce(range(place + workers, place + workers + 1))
             number = order[place]
             result = work(items[number])
-            _return_free_memory()
+            return_free_memory()
             advance(size_of(items[number]))
             return result
 
@@ -82,7 +87,7 @@ def map_tensors(
     return [futures[number].result() for number in range(len(items))]
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """Give freed buffers back to the system: glibc keeps tens of megabytes per thread otherwise."""
     if _TRIM is not None:
         _TRIM(0)

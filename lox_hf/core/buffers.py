@@ -31,3 +31,9 @@ def scratch(use: str, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, d
     if key not in buffers or buffers[key].numel() < size:
         buffers[key] = torch.empty(size, dtype=dtype, device=device)
     return buffers[key][:size].view(shape)
+
+
+def free_scratch(device: torch.device) -> None:
+    """Let go of this thread's buffers on one device; on an accelerator they are large, and its memory is short."""
+    for key in [key for key in _buffers.by_use if key[2] == device]:
+        del _buffers.by_use[key]

@@ -74,7 +74,7 @@ def extrapolate(aligned: Tensor, added: LowRankPart | FullPart, sink: Sink) -> N
     Raises:
         NumericsError: If dW contains NaN or Inf, or a result overflows the stored dtype.
     """
-    for part in tile_slices(*aligned.shape):
+    for part in tile_slices(*aligned.shape, device=aligned.device):
         rows = aligned[part]
         tile = scratch("sum", rows.shape, torch.float32, rows.device).copy_(rows)
         added.add(part, tile)
