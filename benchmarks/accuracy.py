@@ -44,7 +44,7 @@ def projector_error(r: int, seed: int, quick: bool) -> dict[str, Any]:
 
 def entry_errors(aligned: str, base: str, hardened: str, r: int, alpha: float) -> dict[str, Any]:
     """Compare every stored entry with the exact float64 result, rounded once to the stored dtype."""
-    differences = _Differences()
+    differences = Differences()
     with TensorPairs(aligned, base) as inputs, TensorPairs(hardened, aligned) as outputs:
         matrices = inputs.matrices()
         for name in inputs.names():
@@ -56,14 +56,14 @@ def entry_errors(aligned: str, base: str, hardened: str, r: int, alpha: float) -
 
 def folder_difference(first: str, second: str, aligned: str) -> dict[str, Any]:
     """Compare two hardened folders of the same aligned checkpoint entry by entry."""
-    differences = _Differences()
+    differences = Differences()
     with TensorPairs(first, second) as pairs, TensorPairs(aligned, first) as inputs:
         for name in pairs.names():
             differences.add(*pairs.read(name), inputs.read(name)[0])
     return differences.summary()
 
 
-class _Differences:
+class Differences:
     """Count the entries in which two bfloat16 results differ, and by how much.
 
     One ulp is the spacing of bfloat16 at the larger of the aligned weight and the result. At the result alone it would

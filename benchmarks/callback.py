@@ -11,7 +11,6 @@ Prints a table and writes JSON. The exit code is 1 when a judged figure misses i
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -23,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from measure import HERE, Child, run_child, run_job
+from measure import Child, run_job
 from table import Row, collect, publish
 
 SCRIPT = "callback_processes.py"
@@ -226,9 +225,8 @@ def processes(bench: Bench) -> Iterator[Row]:
         folder = bench.folder / backend.replace(" ", "")
         folder.mkdir()
         arguments = {"pair": bench.pair, "subspace": subspace, "folder": str(folder)}
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / SCRIPT)]
-        task = ["spread", json.dumps({**arguments, "backend": backend})]
-        kinds = run_child([sys.executable, *launch, *task], threads=1).result["kinds"]
+        spread = run_job(SCRIPT, "spread", {**arguments, "backend": backend}, threads=1, processes=2)
+        kinds = spread.result["kinds"]
         found = bench.run("alone", **arguments)
         error = max(found["retention"], found["r_metrics"])
         yield Row(

@@ -41,7 +41,11 @@ class Size:
 
 
 SIZES = {
+    "llama-0.13b": Size(768, 2048, 12, 32000),
     "llama-0.37b": Size(1024, 2816, 24, 32000),
+    "llama-1.3b": Size(2048, 5504, 24, 32000),  # Sheared-LLaMA-1.3B
+    "llama-3.4b": Size(3200, 8640, 26, 32000),  # OpenLLaMA-3B
+    "llama-2-7b": Size(4096, 11008, 32, 32000),
     "llama-0.14b": Size(1024, 2816, 8, 16000),
     "llama-1.27b": Size(4096, 11008, 5, 32000),
     "llama-exact": Size(512, 1376, 2, 2000, 1 << 23, 1 << 24),
@@ -74,7 +78,7 @@ def write_pair(size_name: str, output: str, spectrum: str, seed: int) -> dict[st
         with _Checkpoint(folder / "base", size, size.base_shard_bytes) as base:
             with _Checkpoint(folder / "aligned", size, size.aligned_shard_bytes) as aligned:
                 for name, shape in shapes(size).items():
-                    for base_piece, aligned_piece in _pieces(name, shape, spectrum, seed):
+                    for base_piece, aligned_piece in pieces(name, shape, spectrum, seed):
                         base.append(name, base_piece)
                         aligned.append(name, aligned_piece)
         stamp.write_text(json.dumps(recipe))
@@ -82,22 +86,22 @@ def write_pair(size_name: str, output: str, spectrum: str, seed: int) -> dict[st
     return {"base": str(folder / "base"), "aligned": str(folder / "aligned"), "parameters": count}
 
 
-def _pieces(
-    name: str, shape: tuple[int, ...], spectrum: str, seed: int
+def pieces(
+    name: str, shape: tuple[int, ...], spectrum: str, seed: int, device: str = "cpu"
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (base, aligned) in bfloat16, a few rows at a time."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    """Yield (base, aligned) of one tensor in bfloat16, a few rows at a time."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     if len(shape) == 1:
-        base = torch.ones(shape, dtype=torch.bfloat16)
-        yield base, (base.float() + 0.01 * torch.randn(shape, generator=generator)).bfloat16()
+        base = torch.ones(shape, dtype=torch.bfloat16, device=device)
+        yield base, (base.float() + 0.01 * _normal(shape, generator)).bfloat16()
         return
     rows, columns = shape
     left, right = _signal(rows, columns, spectrum, generator)
     step = max(1, _PIECE_ELEMENTS // columns)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        base = (WEIGHT_STD * torch.randn(stop - start, columns, generator=generator)).bfloat16()
-        noise = NOISE_STD * torch.randn(stop - start, columns, generator=generator)
+        base = (WEIGHT_STD * _normal((stop - start, columns), generator)).bfloat16()
+        noise = NOISE_STD * _normal((stop - start, columns), generator)
         yield base, (base.float() + torch.addmm(noise, left[start:stop], right)).bfloat16()
 
 
@@ -105,11 +109,15 @@ def _signal(rows: int, columns: int, spectrum: str, generator: torch.Generator) 
     """Return the factors of the low-rank part; a spectrum of pure noise has none."""
     over_edge = SIGNAL_OVER_EDGE[spectrum]
     count = min(SIGNAL_DIRECTIONS, rows, columns) if over_edge else 0
-    left, _ = torch.linalg.qr(torch.randn(rows, count, generator=generator))
-    right, _ = torch.linalg.qr(torch.randn(columns, count, generator=generator))
+    left, _ = torch.linalg.qr(_normal((rows, count), generator))
+    right, _ = torch.linalg.qr(_normal((columns, count), generator))
     edge = NOISE_STD * (math.sqrt(rows) + math.sqrt(columns))
-    values = over_edge * edge * torch.arange(1, count + 1).pow(-SIGNAL_DECAY)
+    values = over_edge * edge * torch.arange(1, count + 1, device=generator.device).pow(-SIGNAL_DECAY)
     return left * values, right.T
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)
 
 
 class _Checkpoint:
@@ -173,10 +181,10 @@ def _header(tensors: dict[str, tuple[int, ...]]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_side_files(folder: Path, size: Size) -> None:
-    """Write what `AutoModelForCausalLM` and `AutoTokenizer` need to load the folder."""
+def config_of(size: Size) -> dict[str, Any]:
+    """Return the content of `config.json`."""
     heads = size.hidden // 64
-    config = {
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": size.hidden,
@@ -191,11 +199,15 @@ def _write_side_files(folder: Path, size: Size) -> None:
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }
+
+
+def _write_side_files(folder: Path, size: Size) -> None:
+    """Write what `AutoModelForCausalLM` and `AutoTokenizer` need to load the folder."""
     model = {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}
     tokenizer = {"version": "1.0", "added_tokens": [], "model": model}
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
     generation = {"max_new_tokens": 60}
-    files = {"config": config, "tokenizer": tokenizer, "tokenizer_config": tokenizer_config}
+    files = {"config": config_of(size), "tokenizer": tokenizer, "tokenizer_config": tokenizer_config}
     for name, content in (files | {"generation_config": generation}).items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2))
 

@@ -34,12 +34,13 @@ class Child:
     wall_s: float
     peak_anonymous_bytes: int
     peak_rss_bytes: int
-    samples: tuple[tuple[float, int], ...]
+    samples: tuple[tuple[float, dict[int, int]], ...]
     result: dict[str, Any]
 
-    def peak_between(self, start_s: float, end_s: float) -> int:
-        """Return the highest anonymous memory sampled between two readings of `time.monotonic`."""
-        return max((size for at_s, size in self.samples if start_s <= at_s <= end_s), default=0)
+    def peak_between(self, start_s: float, end_s: float, pid: int | None = None) -> int:
+        """Return the highest anonymous memory sampled between two readings of `time.monotonic`: of all, or of one."""
+        inside = [sizes for at_s, sizes in self.samples if start_s <= at_s <= end_s]
+        return max((sum(sizes.values()) if pid is None else sizes.get(pid, 0) for sizes in inside), default=0)
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
@@ -69,24 +70,31 @@ def run_child(command: Sequence[str], threads: int, sample: bool = False) -> Chi
         return Child(
             cpu_s=usage.ru_utime + usage.ru_stime,
             wall_s=wall_s,
-            peak_anonymous_bytes=max((size for _, size in samples), default=0),
+            peak_anonymous_bytes=max((sum(sizes.values()) for _, sizes in samples), default=0),
             peak_rss_bytes=peak_rss,
             samples=samples,
             result=_last_json(_text(stdout)),
         )
 
 
-def run_job(script: str, job: str, arguments: dict[str, Any], threads: int, sample: bool = False) -> Child:
-    """Run one job of a script of this folder in a fresh Python process."""
-    command = [sys.executable, str(HERE / script), job, json.dumps(arguments)]
-    return run_child(command, threads, sample)
+def run_job(
+    script: str, job: str, arguments: dict[str, Any], threads: int, sample: bool = False, processes: int = 1
+) -> Child:
+    """Run one job of a script of this folder in a fresh Python process, or in several that torchrun starts."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [sys.executable, *(torchrun if processes > 1 else [])]
+    return run_child([*launcher, str(HERE / script), job, json.dumps(arguments)], threads, sample)
 
 
 def serve_job(jobs: dict[str, Any]) -> None:
-    """Be the child: run the job named on the command line and print its result as the last line."""
+    """Be the child: run the job named on the command line and print its result as the last line.
+
+    Of several children that torchrun has started, the first speaks.
+    """
     name, arguments = sys.argv[1], json.loads(sys.argv[2])
     result = jobs[name](**arguments)
-    print(f"\n{json.dumps(result)}", flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"\n{json.dumps(result)}", flush=True)
 
 
 def clear_output(folder: Path) -> None:
@@ -137,15 +145,14 @@ def _environment(threads: int) -> dict[str, str]:
     return {**os.environ, **fixed, **dict.fromkeys(_THREAD_VARIABLES, str(threads))}
 
 
-def _sample_until_exit(pid: int) -> tuple[tuple[tuple[float, int], ...], int]:
-    """Sample anonymous memory of a process and its descendants; also return the sum of their RSS peaks."""
-    samples: list[tuple[float, int]] = []
+def _sample_until_exit(pid: int) -> tuple[tuple[tuple[float, dict[int, int]], ...], int]:
+    """Sample anonymous memory of a process and its descendants, each; also return the sum of their RSS peaks."""
+    samples: list[tuple[float, dict[int, int]]] = []
     peaks: dict[int, int] = {}
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        anonymous = 0
+        anonymous: dict[int, int] = {}
         for member in _tree(pid):
-            size, peaks[member] = _status_bytes(member, peaks.get(member, 0))
-            anonymous += size
+            anonymous[member], peaks[member] = _status_bytes(member, peaks.get(member, 0))
         samples.append((time.monotonic(), anonymous))
         time.sleep(SAMPLE_PERIOD_S)
     return tuple(samples), sum(peaks.values())

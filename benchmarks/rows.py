@@ -33,27 +33,27 @@ class Bench:
     @cached_property
     def small(self) -> dict[str, Any]:
         """Return the folders of the 0.37 B pair (or its stand-in under --quick)."""
-        return self._pair("quick-small" if self.quick else "llama-0.37b", self.spectrum)
+        return self.pair("quick-small" if self.quick else "llama-0.37b", self.spectrum)
 
     @cached_property
     def large(self) -> dict[str, Any]:
         """Return the folders of the 1.27 B pair (or its stand-in under --quick)."""
-        return self._pair("quick-large" if self.quick else "llama-1.27b", self.spectrum)
+        return self.pair("quick-large" if self.quick else "llama-1.27b", self.spectrum)
 
     @cached_property
     def small_strong(self) -> dict[str, Any]:
         """Return the folders of the 0.37 B pair (or its stand-in) with a strong signal."""
-        return self._pair("quick-small" if self.quick else "llama-0.37b", "strong")
+        return self.pair("quick-small" if self.quick else "llama-0.37b", "strong")
 
     @cached_property
     def large_strong(self) -> dict[str, Any]:
         """Return the folders of the 1.27 B pair (or its stand-in) with a strong signal."""
-        return self._pair("quick-large" if self.quick else "llama-1.27b", "strong")
+        return self.pair("quick-large" if self.quick else "llama-1.27b", "strong")
 
     @cached_property
     def exact(self) -> dict[str, Any]:
         """Return the folders of a pair small enough for float64 SVDs, always with a signal and so with a gap."""
-        return self._pair("quick-exact" if self.quick else "llama-exact", "signal")
+        return self.pair("quick-exact" if self.quick else "llama-exact", "signal")
 
     @cached_property
     def small_runs(self) -> list[Child]:
@@ -86,7 +86,8 @@ class Bench:
         arguments = self.arguments(pair) | {"output": str(self.output(name))}
         return run_job("jobs.py", "harden", arguments, threads, sample)
 
-    def _pair(self, size_name: str, spectrum: str) -> dict[str, Any]:
+    def pair(self, size_name: str, spectrum: str) -> dict[str, Any]:
+        """Return the folders of a pair, which is written where it is not there yet."""
         print(f"pair {size_name} ({spectrum})", file=sys.stderr)
         folder = self.work_dir / f"{size_name}-{spectrum}"
         arguments = {"size_name": size_name, "output": str(folder), "spectrum": spectrum, "seed": self.seed}
@@ -115,7 +116,7 @@ def entries(bench: Bench) -> Iterator[Row]:
     result = run_job("accuracy.py", "entries", common | {"hardened": str(output)}, bench.cpu_threads).result
     met = result["differing_share"] <= 1e-3 and result["max_ulps"] <= 1
     figure = f"stored entries that differ from the exact result, of {result['entries'] / 1e6:.1f} M"
-    yield Row(figure, "at most 1e-3, by one ulp", _difference(result), met, correctness=True, details=result)
+    yield Row(figure, "at most 1e-3, by one ulp", difference(result), met, correctness=True, details=result)
 
 
 def cpu_small(bench: Bench) -> Iterator[Row]:
@@ -127,23 +128,23 @@ def cpu_small(bench: Bench) -> Iterator[Row]:
     for spectrum, runs in {bench.spectrum: bench.small_runs, "strong": strong}.items():
         ours = statistics.median(run.cpu_s for run in runs)
         ratio = theirs.cpu_s / ours
-        details = {"ours": [_cost(run) for run in runs], "reference": _cost(theirs)}
-        figure = f"{_count(bench.small)} pair ({spectrum}), whole process, CPU-seconds, against the reference flow"
+        details = {"ours": [cost(run) for run in runs], "reference": cost(theirs)}
+        figure = f"{count(bench.small)} pair ({spectrum}), whole process, CPU-seconds, against the reference flow"
         measured = f"{ratio:.1f}x less ({ours:.2f} s against {theirs.cpu_s:.1f} s)"
         yield Row(figure, "at least 25x less", measured, ratio >= 25, details=details)
     yield Row(
         "  peak RSS and wall of the two",
         "information",
-        f"{_mib(max(run.peak_rss_bytes for run in bench.small_runs))} and "
+        f"{mib(max(run.peak_rss_bytes for run in bench.small_runs))} and "
         f"{statistics.median(run.wall_s for run in bench.small_runs):.1f} s, "
-        f"against {_mib(theirs.peak_rss_bytes)} and {theirs.wall_s:.1f} s",
+        f"against {mib(theirs.peak_rss_bytes)} and {theirs.wall_s:.1f} s",
         None,
     )
     both = {"first": str(output.with_name("hardened-small")), "second": str(output)}
     both["aligned"] = bench.small["aligned"]
     result = run_job("accuracy.py", "folders", both, bench.cpu_threads).result
     figure = "  entries that differ from the reference flow's output"
-    yield Row(figure, "information", _difference(result), None, details=result)
+    yield Row(figure, "information", difference(result), None, details=result)
     clear_output(output)
 
 
@@ -158,12 +159,12 @@ def cpu_large(bench: Bench) -> Iterator[Row]:
         whole = statistics.median(run.cpu_s for run in runs)
         ratio = dense["total_cpu_s"] / (whole - imports)
         steps = max(run.result["max_steps"] for run in runs)
-        figure = f"{_count(bench.large)} in 7B layer shapes ({spectrum}), CPU-seconds of work, against full SVDs"
+        figure = f"{count(bench.large)} in 7B layer shapes ({spectrum}), CPU-seconds of work, against full SVDs"
         measured = (
             f"{ratio:.0f}x less ({whole - imports:.2f} s, up to {steps} passes, against {dense['total_cpu_s']:.0f} s: "
             "one SVD a shape, times its count)"
         )
-        details = {"ours": [_cost(run) for run in runs], "import_cpu_s": imports, "dense": dense}
+        details = {"ours": [cost(run) for run in runs], "import_cpu_s": imports, "dense": dense}
         yield Row(figure, "at least 150x less", measured, ratio >= 150, details=details)
 
 
@@ -171,16 +172,16 @@ def memory(bench: Bench) -> Iterator[Row]:
     """Judge peak anonymous memory, sampled, at both thread counts."""
     both_cores = bench.harden(bench.large, "hardened-large", bench.wall_threads)
     groups = {
-        f"{_count(bench.small)}, {bench.cpu_threads} thread": bench.small_runs,
-        f"{_count(bench.large)}, {bench.cpu_threads} thread": bench.large_runs,
-        f"{_count(bench.large)}, {bench.wall_threads} threads": [both_cores],
+        f"{count(bench.small)}, {bench.cpu_threads} thread": bench.small_runs,
+        f"{count(bench.large)}, {bench.cpu_threads} thread": bench.large_runs,
+        f"{count(bench.large)}, {bench.wall_threads} threads": [both_cores],
     }
     for name, runs in groups.items():
         peak = max(run.peak_anonymous_bytes for run in runs)
         rss = max(run.peak_rss_bytes for run in runs)
         figure = f"peak anonymous memory of harden_checkpoint, {name} (sampled every 5 ms)"
-        measured = f"{_mib(peak)} (RSS with mapped files {_mib(rss)})"
-        yield Row(figure, "at most 220 MiB", measured, peak <= 220 * MIB, details={"runs": [_cost(r) for r in runs]})
+        measured = f"{mib(peak)} (RSS with mapped files {mib(rss)})"
+        yield Row(figure, "at most 220 MiB", measured, peak <= 220 * MIB, details={"runs": [cost(r) for r in runs]})
 
 
 def wall(bench: Bench) -> Iterator[Row]:
@@ -211,7 +212,7 @@ def _wall(bench: Bench, pair: dict[str, Any], spectrum: str, state: str, prepare
         f"ratios {', '.join(f'{value:.2f}' for value in ratios)}; whole process {statistics.median(processes):.1f} s; "
         f"copy without fsync {unsynced:.1f} s)"
     )
-    figure = f"{_count(pair)} ({spectrum}), wall of harden_checkpoint, {bench.wall_threads} threads, {state} cache"
+    figure = f"{count(pair)} ({spectrum}), wall of harden_checkpoint, {bench.wall_threads} threads, {state} cache"
     details = {"ours_s": ours, "processes_s": processes, "copies_s": copies, "copy_without_fsync_s": unsynced}
     return Row(f"{figure}, against copy + read of base", "at most 1.2x", measured, ratio <= 1.2, details=details)
 
@@ -224,9 +225,9 @@ def apply_memory(bench: Bench) -> Iterator[Row]:
         result = child.result
         growth = child.peak_between(result["start_s"], result["end_s"]) - result["before_bytes"]
         limit = max(result["model_bytes"] // 10, 2 * result["largest_tensor_bytes"])
-        figure = f"apply_lox on a loaded {_count(pair)} model: anonymous memory beyond the model (sampled every 5 ms)"
-        target = f"at most {_mib(limit)} (10 % of the model or two largest tensors)"
-        yield Row(figure, target, _mib(growth), growth <= limit, details={"growth_bytes": growth, **result})
+        figure = f"apply_lox on a loaded {count(pair)} model: anonymous memory beyond the model (sampled every 5 ms)"
+        target = f"at most {mib(limit)} (10 % of the model or two largest tensors)"
+        yield Row(figure, target, mib(growth), growth <= limit, details={"growth_bytes": growth, **result})
 
 
 def new_alpha(bench: Bench) -> Iterator[Row]:
@@ -240,7 +241,7 @@ def new_alpha(bench: Bench) -> Iterator[Row]:
     second = [_apply(bench, common | {"base": None, "subspace": str(subspace)}, 0.5) for _ in range(bench.repeats)]
     before, after = (statistics.median(run["cpu_s"] for run in runs) for runs in (first, second))
     details = {"decomposing": first, "from_subspace": second, **saved}
-    figure = f"another alpha from a saved subspace, {_count(pair)}: CPU-seconds of apply_lox against decomposing"
+    figure = f"another alpha from a saved subspace, {count(pair)}: CPU-seconds of apply_lox against decomposing"
     measured = f"{after / before:.3f} ({after:.2f} s against {before:.2f} s)"
     yield Row(figure, "under 0.1", measured, after / before < 0.1, details=details)
     calls = max(run["decompositions"] for run in second)
@@ -270,19 +271,23 @@ def _copy(bench: Bench, pair: dict[str, Any], prepare: Callable[[], object], syn
     return run_job("reference.py", "copy", arguments, bench.wall_threads).result["call_s"]
 
 
-def _cost(child: Child) -> dict[str, Any]:
+def cost(child: Child) -> dict[str, Any]:
+    """Return what a process cost, as plain data without the samples."""
     return {key: value for key, value in asdict(child).items() if key != "samples"}
 
 
-def _count(pair: dict[str, Any]) -> str:
-    count = pair["parameters"]
-    return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.1f} M"
+def count(pair: dict[str, Any]) -> str:
+    """Return the number of parameters of a pair, as a text."""
+    parameters = pair["parameters"]
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.1f} M"
 
 
-def _difference(result: dict[str, Any]) -> str:
+def difference(result: dict[str, Any]) -> str:
+    """Return how far two checkpoints are from each other, as a text."""
     share, ulps, near_zero = (result[key] for key in ("differing_share", "max_ulps", "neighbours_exceeded"))
     return f"{share:.1e}, at most {ulps:.2f} ulp ({near_zero} near zero by cancellation)"
 
 
-def _mib(size: int) -> str:
+def mib(size: int) -> str:
+    """Return a number of bytes, as a text."""
     return f"{size / MIB:.0f} MiB"
