@@ -41,14 +41,24 @@ class Ranks:
     Args:
         rank: Number of this process.
         size: Number of processes.
-        store: What they share; None for a process alone.
+        stores: Two connections to what they share, one for each thread here; None for a process alone.
         lost_after_s: Seconds of silence after which a process is taken for lost.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, store: Any = None, *, lost_after_s: float = LOST_AFTER_S) -> None:
-        self.rank, self.size, self._store, self._lost_after_s = rank, size, store, lost_after_s
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        stores: tuple[Any, Any] | None = None,
+        *,
+        lost_after_s: float = LOST_AFTER_S,
+    ) -> None:
+        self.rank, self.size, self._lost_after_s = rank, size, lost_after_s
+        self._store: Any
+        self._watched_store: Any
+        self._store, self._watched_store = stores or (None, None)
         self._calls = itertools.count()
-        self._failure = ""
+        self._failure, self.is_leaving = "", False
         self._leaving = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
@@ -63,6 +73,7 @@ class Ranks:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.is_leaving = True
         if self._store is None:
             return
         try:
@@ -122,9 +133,8 @@ class Ranks:
         return text if isinstance(error, DistributedError) else f"Process {self.rank} of {self.size} failed: {text}"
 
     def _watch(self) -> None:
-        """Show that this process is there, and see whether the others are: in a thread, on a connection of its own."""
-        store = self._store.clone()
-        store.set_timeout(timedelta(seconds=self._lost_after_s))
+        """Show that this process is there, and see whether the others are: in a thread."""
+        store = self._watched_store
         watched = [rank for rank in (range(self.size) if self.is_first else [0]) if rank != self.rank]
         seen = dict.fromkeys(watched, (b"", time.monotonic()))
         for beat in itertools.count():
@@ -190,31 +200,36 @@ def join_ranks(*, lost_after_s: float = LOST_AFTER_S) -> Iterator[Ranks]:
     from torch import distributed
 
     ours = not distributed.is_initialized()
-    rank, size, store = _meet(timedelta(seconds=MEETING * lost_after_s))
-    try:
-        with Ranks(rank, size, store, lost_after_s=lost_after_s) as ranks, _sigterm(ranks):
-            yield ranks
-    finally:
-        if ours and distributed.is_initialized():
-            distributed.destroy_process_group()
+    rank, size, stores = _meet(lost_after_s)
+    ranks = Ranks(rank, size, stores, lost_after_s=lost_after_s)
+    with _sigterm(ranks):
+        try:
+            with ranks:
+                yield ranks
+        finally:
+            if ours and distributed.is_initialized():
+                distributed.destroy_process_group()
 
 
-def _meet(patience: timedelta) -> tuple[int, int, Any]:
-    """Number of this process, how many there are, and a store of this run's own."""
+def _meet(lost_after_s: float) -> tuple[int, int, tuple[Any, Any]]:
+    """Number of this process, how many there are, and two connections to a store of this run's own."""
     from accelerate import PartialState  # knows the launchers
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
+    patience = timedelta(seconds=MEETING * lost_after_s)
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         # Without this word it takes a machine without an accelerator for a single process.
         state = PartialState(cpu=not torch.accelerator.is_available(), timeout=patience)
-        store = next(iter(rendezvous("env://", timeout=patience)))[0]
+        shared = next(iter(rendezvous("env://", timeout=patience)))[0]
+        store: Any = PrefixStore(f"lox_hf/{restart}/{next(_runs)}", shared)
+        store.set_timeout(timedelta(seconds=lost_after_s))
+        return state.process_index, state.num_processes, (store, store.clone())
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
             f"The processes could not meet: {str(error).splitlines()[0]} Start all of them with torchrun."
         ) from error
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return state.process_index, state.num_processes, PrefixStore(f"lox_hf/{restart}/{next(_runs)}", store)
 
 
 @contextmanager
@@ -222,7 +237,8 @@ def _sigterm(ranks: Ranks) -> Iterator[None]:
     """Turn SIGTERM into an error, so that this process says why it ends and closes its files."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise ranks.stopped()
+        if not ranks.is_leaving:  # else it ends anyway, with what it has to say
+            raise ranks.stopped()
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -19,10 +19,11 @@ from lox_hf.records import TensorPlan, TensorReport
 from lox_hf.run_folder import differences
 from lox_hf.share import cut, part_numbers
 from lox_hf.version import versions
+from lox_hf.weights.identity import weights_identity
 from lox_hf.weights.output_file import COPY_BYTES, OutputFile
 from lox_hf.weights.selection import matrix_shape
 from lox_hf.weights.shard import ShardLike
-from lox_hf.weights.source import ShardedSource, weights_identity
+from lox_hf.weights.source import ShardedSource
 from lox_hf.weights.writer import FolderWriter
 
 Reports = dict[str, list[TensorReport]]

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lox_hf.errors import ConfigError
 from lox_hf.records import Score
-from lox_hf.weights.source import WeightSource, weights_sample
+from lox_hf.weights.identity import weights_sample
+from lox_hf.weights.source import WeightSource
 
 ScoreFn = Callable[[Any], Any]
 """Measures a loaded model: returns a record, a rate or a number, as `Score.of` takes it. It must leave the weights as

@@ -29,8 +29,9 @@ from lox_hf.robustness.measuring.measure import ask_prompts
 from lox_hf.run_folder import RunFolder
 from lox_hf.subspace import SafetySubspace
 from lox_hf.version import versions
+from lox_hf.weights.identity import weights_sample
 from lox_hf.weights.live import live_tensors
-from lox_hf.weights.source import CheckpointSource, WeightSource, weights_sample
+from lox_hf.weights.source import CheckpointSource, WeightSource
 
 MOST_KL_PROMPTS = 100
 """What is kept of each is a number for every token of the vocabulary, at 16 places."""

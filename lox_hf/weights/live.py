@@ -76,6 +76,26 @@ def check_plain(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         UnsupportedModelError: If weights are quantised, on the meta device, offloaded, or sharded over processes.
     """
+    check_readable(model, state)
+    name = type(model).__name__
+    sharded = sorted({type(t).__name__ for t in state.values() if type(t).__name__ == "DTensor"})
+    if sharded or any(hasattr(tensor, "ds_id") for tensor in model.parameters()):
+        raise UnsupportedModelError(
+            f"{name} is sharded over processes ({', '.join(sharded) or 'DeepSpeed ZeRO-3'}). "
+            "Harden its files with harden_checkpoint."
+        )
+
+
+def check_readable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuse weights whose numbers are not there to be read, by name of the scheme.
+
+    Args:
+        model: The model.
+        state: Its weights, or pieces of them.
+
+    Raises:
+        UnsupportedModelError: If weights are quantised, on the meta device or offloaded.
+    """
     name = type(model).__name__
     scheme = _quantisation(model) or next((type(t).__name__ for t in state.values() if _is_quantised(t)), None)
     if scheme:
@@ -88,12 +108,6 @@ def check_plain(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise UnsupportedModelError(
             f"{name} has {len(meta)} weights on the meta device (not loaded, or offloaded): {listing(meta, 5)} "
             "Load the model into memory, or harden its files with harden_checkpoint."
-        )
-    sharded = sorted({type(t).__name__ for t in state.values() if type(t).__name__ == "DTensor"})
-    if sharded or any(hasattr(tensor, "ds_id") for tensor in model.parameters()):
-        raise UnsupportedModelError(
-            f"{name} is sharded over processes ({', '.join(sharded) or 'DeepSpeed ZeRO-3'}). "
-            "Harden its files with harden_checkpoint."
         )
 
 

@@ -14,7 +14,7 @@ from lox_hf.evaluation.models.batch_size import fitting_batch_size, run_in_batch
 from lox_hf.evaluation.models.chat import Conversation, Reply
 from lox_hf.evaluation.models.checks import check_model, check_vocabulary, context_length, model_name
 from lox_hf.evaluation.models.templates import choose_template, encode, read_answer, special_tokens
-from lox_hf.weights.source import weights_sample
+from lox_hf.weights.identity import weights_sample
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase

@@ -1,0 +1,1 @@
+"""Weights of which every process holds a piece: DTensors (FSDP2, tensor parallelism) and DeepSpeed ZeRO-3."""
