@@ -11,14 +11,17 @@ from lox_hf.core.delta import Delta
 from lox_hf.core.extrapolate import FullPart, LowRankPart
 from lox_hf.core.lowrank import Decomposition
 from lox_hf.edit import Directions, edit_tensor, matrices
-from lox_hf.errors import ConfigError, LoxError
+from lox_hf.edit_all import each_tensor
+from lox_hf.edit_spread import edit_spread, pieces
+from lox_hf.errors import ConfigError, DistributedError, LoxError
 from lox_hf.inputs import HasFactors, ModelLike, Pair, make_report, open_pair
 from lox_hf.lora import adapter_report, harden_lora, is_peft_model, revert_lora
-from lox_hf.parallel import map_tensors
 from lox_hf.provenance import STAMP, stamp
 from lox_hf.records import HardeningReport, TensorPlan, TensorReport
 from lox_hf.undo import Undo
 from lox_hf.weights.live import live_tensors
+from lox_hf.weights.spread.matrix import SpreadMatrix
+from lox_hf.weights.spread.model import SpreadSource, commit, in_turn, is_spread_model, together
 
 Model = TypeVar("Model", bound=nn.Module)
 RECORD = "_lox_record"
@@ -49,13 +52,17 @@ def apply_lox(
     weight's own dtype. The settings are stamped into `model.config.lox_config`, so that `save_pretrained` and
     `push_to_hub` keep them. If anything fails, the model is left as it was.
 
+    A model that FSDP2, tensor parallelism or DeepSpeed ZeRO-3 has spread over processes is hardened where it lies:
+    every process calls this with the same arguments, works on its share, and never holds the whole.
+
     Args:
         model: The aligned model, a PreTrainedModel in float32, float16 or bfloat16; changed in place. A PeftModel with
             LoRA adapters needs no base: the active adapter is the alignment; it is hardened and keeps its rank. Saving
             an adapter keeps no settings: write them beside it with `config.save_pretrained`.
         config: Settings; None takes a subspace's own, or the defaults (r=6, alpha=1.25).
-        base_model: The model before alignment: Hub id, folder, module or state dict; or a `SafetySubspace`, which
-            costs no decomposition. None takes `config.base_model_name_or_path`, or the base the model's card names.
+        base_model: The model before alignment: Hub id, folder, module or state dict (of a spread model not one that is
+            spread itself); or a `SafetySubspace`, which costs no decomposition. None takes
+            `config.base_model_name_or_path`, or the base the model's card names.
         allow_repeat: Harden a model that is hardened already once more.
         token: Hub token; None uses the stored login.
         progressbar: Show a progress bar; None shows one on a terminal only.
@@ -67,9 +74,11 @@ def apply_lox(
         ConfigError: If no base is named, or the settings select nothing.
         PairingError: If the two models do not fit, or are equal; all mismatches are listed.
         CheckpointError: If the base's files are missing or damaged.
-        UnsupportedModelError: If weights are quantised, on the meta device, offloaded or sharded.
+        UnsupportedModelError: If weights are quantised, on the meta device or offloaded; or spread over processes and
+            fused, or under FSDP 1.
         NumericsError: If a matrix contains NaN or Inf, or the result overflows; it is named.
         AlreadyHardenedError: If the model is hardened and `allow_repeat` is not set.
+        DistributedError: If the model is spread over processes, and one was given other arguments or was lost.
 
     Example:
         >>> import torch
@@ -97,9 +106,11 @@ def apply_lox(
     try:
         reports = _edit(pair, undos, progressbar)
         _remember(model, pair, undos, make_report(pair, reports, time.perf_counter() - started))
-    except BaseException:
+    except BaseException as error:
         for undo in undos:
             undo.revert()
+        if not isinstance(error, DistributedError):
+            commit(model, {undo.name for undo in undos})
         raise
     return model
 
@@ -128,17 +139,17 @@ def revert_lox(model: Model) -> Model:
             f"{type(model).__name__} was not hardened by apply_lox in this process, so there is nothing to take back: "
             "load the aligned model again."
         )
-    now = live_tensors(model)
-    followed = [undo.name in now and undo.follow(matrices(now[undo.name])[undo.number]) for undo in record.undos]
-    if not all(followed) or not all(undo.unchanged() for undo in record.undos):
-        raise LoxError("The weights were changed, cast or moved after apply_lox: load the aligned model again.")
+    with together(model):
+        _check_as_written(model, record.undos)
     exact = [undo.revert() for undo in record.undos]
+    commit(model, {undo.name for undo in record.undos})
     _set_stamp(model, record.stamp)
     setattr(model, RECORD, record.previous)
-    if not all(exact):
-        raise LoxError(
-            "The aligned weights could not be restored bit for bit on this device: load the aligned model again."
-        )
+    with together(model):
+        if not all(exact):
+            raise LoxError(
+                "The aligned weights could not be restored bit for bit on this device: load the aligned model again."
+            )
     return model
 
 
@@ -172,12 +183,12 @@ class _Recorder:
         self.factors, self.undos = factors, undos
         self.current: Undo | None = None
 
-    def delta(self, plan: TensorPlan, number: int, aligned: Tensor) -> Delta:
+    def delta(self, plan: TensorPlan, number: int, aligned: Any) -> Delta:
         delta = self.factors.delta(plan, number, aligned)
         self._begin(Undo(aligned, FullPart(delta, plan.alpha), plan.name, number))
         return delta
 
-    def find(self, plan: TensorPlan, number: int, aligned: Tensor) -> Decomposition:
+    def find(self, plan: TensorPlan, number: int, aligned: Any) -> Decomposition:
         self.current = None
         found = self.factors.find(plan, number, aligned)
         if found.factors.rank:
@@ -194,23 +205,47 @@ class _Recorder:
 
 
 def _edit(pair: Pair, undos: list[Undo], progressbar: bool | None) -> tuple[TensorReport, ...]:
-    infos = pair.aligned.source.infos()
+    source, edited = pair.aligned.source, [plan for plan in pair.plans if plan.edit]
+    if isinstance(source, SpreadSource):
 
-    def work(plan: TensorPlan) -> list[TensorReport]:
-        recorder = _Recorder(pair.factors, undos)
-        reports = edit_tensor(plan, pair.aligned.source.get(plan.name), recorder, recorder.write)
-        pair.factors.release(plan.name)
-        return reports
+        def work_together(plan: TensorPlan, matrix: SpreadMatrix) -> TensorReport:
+            return edit_spread(plan, matrix, pair.factors, undos)
 
-    edited = [plan for plan in pair.plans if plan.edit]
-    results = map_tensors(
-        work,
-        edited,
-        size_of=lambda plan: infos[plan.name].size_bytes,
-        progressbar=progressbar,
-        description="Hardening",
-    )
-    return tuple(report for reports in results for report in reports)
+        return tuple(in_turn(work_together, edited, source, progressbar=progressbar, description="Hardening"))
+    reports: dict[str, list[TensorReport]] = {}
+
+    def work(plan: TensorPlan, tensor: Tensor, directions: Directions) -> None:
+        recorder = _Recorder(directions, undos)
+        reports[plan.name] = edit_tensor(plan, tensor, recorder, recorder.write)
+
+    each_tensor(work, edited, source, pair.factors, progressbar=progressbar, description="Hardening")
+    return tuple(report for plan in edited for report in reports[plan.name])
+
+
+def _check_as_written(model: nn.Module, undos: list[Undo]) -> None:
+    """Point every way back at the weight where it is now, which has to be what was written."""
+    now = _written(model, {undo.name for undo in undos})
+    followed = [(undo.name, undo.number) in now and undo.follow(now[undo.name, undo.number]) for undo in undos]
+    if not all(followed) or not all(undo.unchanged() for undo in undos):
+        raise LoxError("The weights were changed, cast or moved after apply_lox: load the aligned model again.")
+
+
+def _written(model: nn.Module, names: set[str]) -> dict[tuple[str, int], Tensor]:
+    """Views of what edits of these tensors write in this process, by tensor and number, as an `Undo` has them."""
+    if is_spread_model(model):
+        source = SpreadSource(model, type(model).__name__)
+        return {
+            key: view
+            for name in source.tensors
+            if name in names
+            for key, view in pieces(name, source.get(name)).items()
+        }
+    return {
+        (name, number): matrix
+        for name, tensor in live_tensors(model).items()
+        if name in names
+        for number, matrix in enumerate(matrices(tensor))
+    }
 
 
 def _remember(model: nn.Module, pair: Pair, undos: list[Undo], report: HardeningReport) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -15,7 +15,9 @@ from lox_hf.core.extrapolate import FullPart, LowRankPart, extrapolate
 from lox_hf.core.lowrank import Decomposition, LowRank, decompose
 from lox_hf.errors import ConfigError, NumericsError, PairingError, listing
 from lox_hf.records import ModelReference, TensorPlan, TensorReport
+from lox_hf.weights.identity import weights_identity
 from lox_hf.weights.pairing import check_pairs
+from lox_hf.weights.scaled import coarse_steps
 from lox_hf.weights.selection import matrix_shape
 from lox_hf.weights.source import WeightSource
 
@@ -25,14 +27,27 @@ MatrixSink = Callable[[int, slice, Tensor], None]
 """Takes finished rows of one matrix of a tensor: matrix number, slice of rows, and the tile in the stored dtype."""
 
 
+class Piece(Protocol):
+    """A matrix that is spread over processes, or a rectangle of one: it knows which part of a base is its own."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        ...
+
+    def delta(self, base: Tensor, *, cast_base: bool) -> Delta:
+        """Return dW, given the whole of the base."""
+        ...
+
+
 class Directions(Protocol):
     """The directions of each matrix."""
 
-    def delta(self, plan: TensorPlan, number: int, aligned: Tensor) -> Delta:
+    def delta(self, plan: TensorPlan, number: int, aligned: Tensor | Piece) -> Delta:
         """Return dW of one matrix, for the full-rank form."""
         ...
 
-    def find(self, plan: TensorPlan, number: int, aligned: Tensor) -> Decomposition:
+    def find(self, plan: TensorPlan, number: int, aligned: Tensor | Piece) -> Decomposition:
         """Return the directions of one matrix."""
         ...
 
@@ -52,6 +67,10 @@ class FactorSource(Directions, Protocol):
 
     def release(self, name: str) -> None:
         """Hint that a tensor is not needed any more."""
+        ...
+
+    def identity(self) -> str:
+        """Return hex digits that tell these directions, or the base they come from, from others."""
         ...
 
 
@@ -79,11 +98,18 @@ class BaseFactors:
         """Let go of the base's pages."""
         self.base.release(name)
 
-    def delta(self, plan: TensorPlan, number: int, aligned: Tensor) -> Delta:
-        """Return dW of one matrix."""
-        return Delta(aligned, matrices(self.base.get(plan.name))[number], cast_base=self.config.cast_base)
+    def identity(self) -> str:
+        """Identity of the base."""
+        return weights_identity(self.base)
 
-    def find(self, plan: TensorPlan, number: int, aligned: Tensor) -> Decomposition:
+    def delta(self, plan: TensorPlan, number: int, aligned: Tensor | Piece) -> Delta:
+        """Return dW of one matrix."""
+        base = matrices(self.base.get(plan.name))[number]
+        if isinstance(aligned, Tensor):
+            return Delta(aligned, base, cast_base=self.config.cast_base)
+        return aligned.delta(base, cast_base=self.config.cast_base)
+
+    def find(self, plan: TensorPlan, number: int, aligned: Tensor | Piece) -> Decomposition:
         """Decompose dW of one matrix."""
         config = self.config
         if plan.r is None:
@@ -173,7 +199,7 @@ def tensor_report(name: str, plan: TensorPlan, found: Decomposition, seconds: fl
     )
 
 
-def report_warnings(reports: Iterable[TensorReport], plans: Iterable[TensorPlan]) -> tuple[str, ...]:
+def report_warnings(reports: Iterable[TensorReport], plans: Sequence[TensorPlan]) -> tuple[str, ...]:
     """What a reader of the reports should know: ranks that were clipped, and cuts in a near tie.
 
     Args:
@@ -195,7 +221,7 @@ def report_warnings(reports: Iterable[TensorReport], plans: Iterable[TensorPlan]
             f"In {len(ties)} matrices the cut at r falls between nearly equal singular values, so which directions "
             f"are taken is not well defined there (the energy they hold is): {listing(ties, 3)}"
         )
-    return tuple(warnings)
+    return (*warnings, *coarse_steps(plans))
 
 
 def check_something_changed(reports: Iterable[TensorReport], aligned: str, base: str) -> None:
@@ -222,11 +248,11 @@ def _edit_matrix(
     everything = slice(0, len(matrix))
     if plan.alpha == 0:  # adding zero would turn -0.0 into 0.0
         write(everything, matrix)
-        return _without_directions(matrix, 0.0, "none")
+        return without_directions(matrix.shape, 0.0, "none")
     if plan.r is None:
         full = FullPart(factors.delta(plan, number, matrix), plan.alpha)
         extrapolate(matrix, full, write)
-        return _without_directions(matrix, full.energy, "full" if full.energy > 0 else "zero")
+        return without_directions(matrix.shape, full.energy, "full" if full.energy > 0 else "zero")
     found = factors.find(plan, number, matrix)
     if found.factors.rank == 0:
         write(everything, matrix)
@@ -235,7 +261,17 @@ def _edit_matrix(
     return found
 
 
-def _without_directions(matrix: Tensor, energy: float, method: str) -> Decomposition:
-    rows, columns = matrix.shape
+def without_directions(shape: tuple[int, ...], energy: float, method: str) -> Decomposition:
+    """Return what is known of a matrix that is edited without directions, or not at all.
+
+    Args:
+        shape: (m, n).
+        energy: ||dW||_F^2.
+        method: What was done: "full", "none" or "zero".
+
+    Returns:
+        No directions, with the energy.
+    """
+    rows, columns = shape
     nothing = LowRank(torch.empty(rows, 0), torch.empty(0), torch.empty(0, columns))
     return Decomposition(nothing, energy, 0.0, 0.0, 0, method)

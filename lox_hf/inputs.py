@@ -16,10 +16,12 @@ from lox_hf.provenance import STAMP, check_not_hardened
 from lox_hf.records import HardeningReport, ModelReference, TensorPlan, TensorReport
 from lox_hf.version import versions
 from lox_hf.weights.folder import CARD, check_dense, check_roles, model_config, named_base
-from lox_hf.weights.live import as_checkpoint, linear_modules, live_tensors, meta_model
+from lox_hf.weights.live import as_checkpoint, linear_modules, meta_model
 from lox_hf.weights.remote import open_remote
+from lox_hf.weights.scaled import with_scales
 from lox_hf.weights.selection import select
 from lox_hf.weights.source import CheckpointSource, DictSource, WeightSource
+from lox_hf.weights.spread.model import SpreadSource, check_same, is_spread, open_model, refuse_base, together
 
 ModelLike: TypeAlias = str | Path | nn.Module | Mapping[str, Tensor]
 
@@ -111,34 +113,40 @@ def open_pair(
         ConfigError: If no base is named, or the settings select nothing.
         PairingError: If the two do not fit.
         CheckpointError: If files are missing or damaged.
-        UnsupportedModelError: If weights are quantised, offloaded or sharded.
+        UnsupportedModelError: If weights are quantised or offloaded, or the base is spread over processes.
         AlreadyHardenedError: If the aligned model is hardened and `allow_repeat` is not set.
+        DistributedError: If processes that hold pieces of the aligned model are given different things.
     """
-    if config is None:
-        config = base.config if isinstance(base, HasFactors) else LoxConfig()
-    ours = open_side(aligned, "aligned", revision=revision, token=token, files=CHECKPOINT_FILES, stream_in=stream_in)
-    if not allow_repeat:
-        check_not_hardened(_stamp(aligned, ours), ours.reference.name_or_path)
-    if isinstance(base, HasFactors):
-        factors, theirs, found_in = base.factor_source(), None, "subspace"
-        _warn_of_another_model(base.report.aligned, ours.reference)
-    else:
-        base, config, found_in = _named(base, config, aligned, ours, token)
-        theirs = open_side(
-            base,
-            "base",
-            revision=config.revision,
-            token=token,
-            files=BASE_FILES,
-            like=aligned,
-            stream_in=stream_in,
-        )
-        if ours.files and theirs.files:
-            check_roles(ours.files, theirs.files)
-        factors = BaseFactors(theirs.source, config, theirs.reference)
-    linear = _linear_modules(aligned, ours, trust_remote_code) if config.target_modules == ALL_LINEAR else ()
-    plans = select(ours.source.infos(), config, linear)
-    factors.check(ours.source, plans, config)
+    with together(aligned):
+        if config is None:
+            config = base.config if isinstance(base, HasFactors) else LoxConfig()
+        files = CHECKPOINT_FILES
+        ours = open_side(aligned, "aligned", revision=revision, token=token, files=files, stream_in=stream_in)
+        if not allow_repeat:
+            check_not_hardened(_stamp(aligned, ours), ours.reference.name_or_path)
+        if isinstance(base, HasFactors):
+            factors, theirs, found_in = base.factor_source(), None, "subspace"
+            _warn_of_another_model(base.report.aligned, ours.reference)
+        else:
+            base, config, found_in = _named(base, config, aligned, ours, token)
+            theirs = open_side(
+                base,
+                "base",
+                revision=config.revision,
+                token=token,
+                files=BASE_FILES,
+                like=aligned,
+                stream_in=stream_in,
+            )
+            if ours.files and theirs.files:
+                check_roles(ours.files, theirs.files)
+            factors = BaseFactors(theirs.source, config, theirs.reference)
+        linear = _linear_modules(aligned, ours, trust_remote_code) if config.target_modules == ALL_LINEAR else ()
+        plans = select(ours.source.infos(), config, linear)
+        factors.check(ours.source, plans, config)
+        given = (config.to_dict(), plans, factors.identity()) if isinstance(ours.source, SpreadSource) else None
+    if isinstance(ours.source, SpreadSource):
+        check_same(ours.source, given, "settings, or bases of other weights")
     return Pair(ours, factors, plans, config, theirs.files if theirs else None, found_in)
 
 
@@ -204,8 +212,10 @@ def open_side(
         config = getattr(model, "config", None)
         name = getattr(config, "_name_or_path", "") or type(model).__name__
         reference = ModelReference(name, getattr(config, "_commit_hash", None))
-        return Side(DictSource(live_tensors(model), f"{role} '{name}'"), reference)
+        return Side(open_model(model, role, f"{role} '{name}'"), reference)
     if isinstance(model, Mapping):
+        if any(map(is_spread, model.values())):
+            refuse_base(f"The state dict that is given as {role}")
         tensors = as_checkpoint(like, model) if isinstance(like, nn.Module) else dict(model)
         return Side(DictSource(tensors, f"{role} (a state dict)"), ModelReference("a state dict"))
     if not isinstance(model, (str, Path)):
@@ -216,10 +226,11 @@ def open_side(
     if stream_in is not None and not Path(model).expanduser().exists() and not is_offline():
         resolved, source = open_remote(model, revision, token, label=label, work_dir=stream_in, files=files)
         check_dense(resolved.folder, label)
-        return Side(source, resolved.reference, resolved)
+        return Side(with_scales(source, resolved.folder), resolved.reference, resolved)
     resolved = resolve(model, revision=revision, token=token, files=files)
     check_dense(resolved.folder, label)
-    return Side(CheckpointSource(resolved.folder, label), resolved.reference, resolved)
+    source = with_scales(CheckpointSource(resolved.folder, label), resolved.folder)
+    return Side(source, resolved.reference, resolved)
 
 
 def _named(

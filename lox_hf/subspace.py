@@ -14,24 +14,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lox_hf.config import CONFIG_NAME, LoxConfig
-from lox_hf.core.delta import Delta
 from lox_hf.core.geometry import coordinates
-from lox_hf.core.lowrank import Decomposition, LowRank
+from lox_hf.core.lowrank import LowRank
+from lox_hf.device import resolve_device
 from lox_hf.edit import (
+    Directions,
     FactorSource,
     matrices,
     matrix_names,
     naming,
     tensor_report,
 )
-from lox_hf.errors import CheckpointError, ConfigError, PairingError, listing
+from lox_hf.edit_all import each_tensor
+from lox_hf.errors import CheckpointError, ConfigError, listing
 from lox_hf.hub_files import fetch_file, push_folder, resolve
 from lox_hf.inputs import ModelLike, Pair, make_report, open_pair
-from lox_hf.parallel import map_tensors
 from lox_hf.records import REPORT_NAME, HardeningReport, TensorPlan, TensorReport
-from lox_hf.weights.selection import get_pattern_value, matrix_shape, module_name
-from lox_hf.weights.source import WeightSource
-from lox_hf.weights.writer import FolderWriter, output_errors
+from lox_hf.subspace_factors import SubspaceFactors
+from lox_hf.weights.output_file import output_errors
+from lox_hf.weights.spread.matrix import SpreadMatrix
+from lox_hf.weights.spread.model import SpreadSource, in_turn
+from lox_hf.weights.writer import FolderWriter
 
 SUBSPACE_NAME = "lox_subspace.safetensors"
 BASE_PART = "base"
@@ -80,6 +83,7 @@ class SafetySubspace:
         revision: str | None = None,
         token: str | bool | None = None,
         trust_remote_code: bool = False,
+        device: str | torch.device | None = None,
         progressbar: bool | None = None,
     ) -> Self:
         """Find the directions between two models: `Proj_k(W_aligned - W_base)` (section 3), tensor by tensor.
@@ -92,6 +96,8 @@ class SafetySubspace:
             revision: Revision of the aligned model on the Hub.
             token: Hub token; None uses the stored login.
             trust_remote_code: Run modelling code of the aligned model's repository where "all-linear" needs it.
+            device: Where they are found: "auto" takes this machine's accelerator; None works on each weight where it
+                is, as is always done where a model is spread over processes.
             progressbar: Show a progress bar; None shows one on a terminal only.
 
         Returns:
@@ -101,7 +107,7 @@ class SafetySubspace:
             ConfigError: If no base is named, or `r` is None.
             PairingError: If the two models do not fit; all mismatches are listed.
             CheckpointError: If files are missing or damaged.
-            UnsupportedModelError: If weights are quantised, offloaded or sharded.
+            UnsupportedModelError: If weights are quantised or offloaded, or the base is spread over processes.
             NumericsError: If a matrix contains NaN or Inf; it is named.
         """
         pair = open_pair(
@@ -113,10 +119,14 @@ class SafetySubspace:
             trust_remote_code=trust_remote_code,
             allow_repeat=True,
         )
-        return cls.from_pair(pair, progressbar=progressbar)
+        return cls.from_pair(
+            pair, device=None if device is None else resolve_device(device), progressbar=progressbar
+        )
 
     @classmethod
-    def from_pair(cls, pair: Pair, *, progressbar: bool | None = None) -> Self:
+    def from_pair(
+        cls, pair: Pair, *, device: torch.device | None = None, progressbar: bool | None = None
+    ) -> Self:
         """Find the directions of an opened pair; see `from_models`."""
         started = time.perf_counter()
         source = pair.aligned.source
@@ -127,28 +137,37 @@ class SafetySubspace:
                 f"The full rank (r=None) has no low-rank directions: {listing(full, 5)} Give r a number."
             )
 
-        def work(plan: TensorPlan) -> list[_Found]:
-            found = _find(plan, source.get(plan.name), pair.factors)
-            source.release(plan.name)
-            pair.factors.release(plan.name)
-            return found
+        results: dict[str, list[_Found]] = {}
 
-        size = source.infos()
-        results = map_tensors(
-            work,
-            edited,
-            size_of=lambda plan: size[plan.name].size_bytes,
-            progressbar=progressbar,
-            description="Decomposing",
-        )
-        found = [item for items in results for item in items]
+        def work(plan: TensorPlan, tensor: Tensor | SpreadMatrix, directions: Directions) -> None:
+            results[plan.name] = _find(plan, tensor, directions)
+
+        if isinstance(source, SpreadSource):
+            in_turn(
+                lambda plan, matrix: work(plan, matrix, pair.factors),
+                edited,
+                source,
+                progressbar=progressbar,
+                description="Decomposing",
+            )
+        else:
+            each_tensor(
+                work,
+                edited,
+                source,
+                pair.factors,
+                device=device,
+                progressbar=progressbar,
+                description="Decomposing",
+            )
+        found = [item for plan in edited for item in results[plan.name]]
         report = make_report(pair, tuple(item.report for item in found), time.perf_counter() - started)
         factors = {item.report.name: item.factors for item in found}
         return cls(factors, pair.config, report, {item.report.name: item.base_coordinates for item in found})
 
     def factor_source(self) -> FactorSource:
         """Return the directions by matrix, for an edit."""
-        return SubspaceFactors(self)
+        return SubspaceFactors(self.factors, self.config, self.report)
 
     @classmethod
     def from_pretrained(
@@ -248,70 +267,6 @@ class SafetySubspace:
             return push_folder(folder, repo_id, private=private, token=token, message=message)
 
 
-class SubspaceFactors:
-    """Directions read from a saved subspace: nothing is decomposed.
-
-    Args:
-        subspace: The artefact.
-    """
-
-    def __init__(self, subspace: SafetySubspace) -> None:
-        self.subspace, self.reference = subspace, subspace.report.base
-        self._reports = {report.name: report for report in subspace.report.tensors}
-
-    def check(self, aligned: WeightSource, plans: list[TensorPlan], config: LoxConfig) -> None:
-        """Raise with all tensors that the subspace does not hold, or holds in another shape or a lower rank."""
-        problems = [problem for plan in plans if plan.edit for problem in self._problems(plan)]
-        if problems:
-            raise PairingError(
-                f"The subspace does not fit {aligned.label}: {len(problems)} matrices differ. {listing(problems)} "
-                f"It was made with r = {self.subspace.config.r}: ask for no more, or make it again."
-            )
-
-    def prefetch(self, name: str) -> None:
-        """Do nothing: the factors are in memory."""
-
-    def release(self, name: str) -> None:
-        """Do nothing: the factors stay."""
-
-    def delta(self, plan: TensorPlan, number: int, aligned: Tensor) -> Delta:
-        """Refuse: a subspace does not hold the whole of dW."""
-        raise ConfigError(f"{plan.name}: the full rank (r=None) needs the base model, a subspace does not hold it.")
-
-    def find(self, plan: TensorPlan, number: int, aligned: Tensor) -> Decomposition:
-        """Return the top r of the stored directions."""
-        name = matrix_names(plan.name, plan.shape)[number]
-        stored, report = self.subspace.factors[name], self._reports[name]
-        k = stored.rank_for(plan.r, report.delta_norm**2)
-        cut = stored.truncate(k)
-        next_s = stored.S[k].item() if k < stored.rank else _next_s(report)
-        factors = LowRank(*(part.to(aligned.device) for part in (cut.U, cut.S, cut.Vh)))
-        method = "subspace" if stored.rank else "zero"
-        return Decomposition(factors, report.delta_norm**2, next_s, report.residual, 0, method)
-
-    def _problems(self, plan: TensorPlan) -> list[str]:
-        if plan.r is None:
-            return [f"{plan.name}: the full rank (r=None) needs the base model"]
-        problems = []
-        for name, shape in zip(matrix_names(plan.name, plan.shape), _matrix_shapes(plan), strict=True):
-            stored = self.subspace.factors.get(name)
-            if stored is None:
-                problems.append(f"{name}: not in the subspace")
-            elif stored.shape != shape:
-                problems.append(f"{name}: {shape} against {stored.shape}")
-            elif not self._deep_enough(plan.name, stored, self._reports[name], plan.r):
-                problems.append(f"{name}: r = {plan.r} against {stored.rank} stored directions")
-        return problems
-
-    def _deep_enough(self, name: str, stored: LowRank, report: TensorReport, r: int | float) -> bool:
-        made = self.subspace.config
-        asked = get_pattern_value(made.rank_pattern, module_name(name), made.r)
-        complete = isinstance(asked, int) and stored.rank < asked  # dW has no more directions than these
-        if isinstance(r, int):
-            return r <= stored.rank or complete or stored.rank in (0, min(stored.shape))
-        return complete or stored.rank == 0 or report.energy_share >= r * (1 - 1e-6)
-
-
 @dataclass(frozen=True)
 class _Found:
     """What is kept of one matrix."""
@@ -321,26 +276,20 @@ class _Found:
     report: TensorReport
 
 
-def _find(plan: TensorPlan, aligned: Tensor, source: FactorSource) -> list[_Found]:
+def _find(plan: TensorPlan, aligned: Tensor | SpreadMatrix, source: Directions) -> list[_Found]:
     results = []
-    for number, (name, matrix) in enumerate(zip(matrix_names(plan.name, plan.shape), matrices(aligned), strict=True)):
+    held = [aligned] if isinstance(aligned, SpreadMatrix) else matrices(aligned)
+    for number, (name, matrix) in enumerate(zip(matrix_names(plan.name, plan.shape), held, strict=True)):
         started = time.perf_counter()
         with naming(name):
             found = source.find(plan, number, matrix)
             # Of the base's own coordinates nothing more is read: U^T (W - W_base) V = S by what U, S and V are.
-            at_base = coordinates(matrix, found.factors) - torch.diag(found.factors.S.double().cpu())
+            at_aligned = (
+                coordinates(matrix, found.factors)
+                if isinstance(matrix, Tensor)
+                else matrix.coordinates(found.factors)
+            )
+            at_base = at_aligned - torch.diag(found.factors.S.double().cpu())
         report = tensor_report(name, plan, found, time.perf_counter() - started)
         results.append(_Found(found.factors, at_base, replace(report, alpha=0.0)))
     return results
-
-
-def _matrix_shapes(plan: TensorPlan) -> list[tuple[int, int]]:
-    _, rows, columns = matrix_shape(plan.shape)
-    return [(rows, columns)] * len(matrix_names(plan.name, plan.shape))
-
-
-def _next_s(report: TensorReport) -> float:
-    """s_(k+1) back from the gap (s_k - s_(k+1)) / s_1."""
-    if not report.singular_values or report.gap != report.gap:
-        return 0.0
-    return max(0.0, report.singular_values[-1] - report.gap * report.singular_values[0])

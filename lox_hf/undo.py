@@ -13,6 +13,62 @@ from lox_hf.core.buffers import scratch
 from lox_hf.core.extrapolate import FullPart, LowRankPart
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
+BLOCK = 256
+"""Entries whose positions within are a byte."""
+FAR = -128
+"""Stands for a step that a signed byte does not hold."""
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """Entries of some rows that do not round back, in little more than two bytes each, as there are many of them.
+
+    Attributes:
+        counts: How many there are in each block of 256 entries, from the first to the last one that has any.
+        places: Where each is in its block.
+        steps: How far the aligned bits are from the returned ones, as integers; `FAR` where a byte is too short.
+        far: The aligned bits of these.
+    """
+
+    counts: Tensor
+    places: Tensor
+    steps: Tensor
+    far: Tensor
+
+    @classmethod
+    def of(cls, words: Tensor, aligned: Tensor, different: Tensor, size: int) -> "Corrections":
+        """Pick entries out of words, which are as wide or several times wider.
+
+        Args:
+            words: Which words of the rows differ, (k,), ascending.
+            aligned: Their aligned bits, (k,), of an integer dtype.
+            different: Which of the bits differ from those that are returned, (k,).
+            size: Bytes of an entry.
+
+        Returns:
+            The entries that differ.
+        """
+        in_word = aligned.element_size() // size
+        wanted, found = (bits.view(INTEGERS[size]).view(-1, in_word) for bits in (aligned, aligned ^ different))
+        word, place = (wanted != found).nonzero(as_tuple=True)
+        entries, wanted = words[word] * in_word + place, wanted[word, place]
+        steps = wanted.long() - found[word, place].long()
+        is_far = steps.abs() > -FAR - 1
+        return cls(
+            counts=torch.bincount(entries // BLOCK).to(torch.int16),
+            places=(entries % BLOCK).to(torch.uint8),
+            steps=steps.masked_fill_(is_far, FAR).to(torch.int8),
+            far=wanted[is_far],
+        )
+
+    def put_into(self, rows: Tensor) -> None:
+        """Turn returned rows, which are contiguous, into the aligned ones."""
+        bits, counts = rows.view(self.far.dtype).view(-1), self.counts.long()
+        blocks = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        entries = blocks * BLOCK + self.places.long()
+        aligned = bits[entries] + self.steps
+        aligned[self.steps == FAR] = self.far
+        bits[entries] = aligned
 
 
 @dataclass
@@ -25,7 +81,7 @@ class Undo:
         name: Checkpoint name of the tensor.
         number: Number of the matrix in a stack.
         written: Slices of rows that were written.
-        corrections: By first row of a slice: positions of words in it that do not round back, and their aligned bits.
+        corrections: By first row of a slice: its entries that do not round back.
         aligned_sum: Checksum of the aligned bits.
         hardened_sum: Checksum of the hardened bits.
     """
@@ -35,7 +91,7 @@ class Undo:
     name: str = ""
     number: int = 0
     written: list[slice] = field(default_factory=list)
-    corrections: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    corrections: dict[int, "Corrections"] = field(default_factory=dict)
     aligned_sum: int = 0
     hardened_sum: int = 0
 
@@ -46,7 +102,8 @@ class Undo:
         different = torch.bitwise_xor(aligned, returned, out=returned)  # in place: the returned rows have served
         wrong = different.nonzero().squeeze(1)
         if len(wrong):
-            self.corrections[part.start] = (wrong.to(torch.int32), aligned[wrong])
+            size = target.element_size()
+            self.corrections[part.start] = Corrections.of(wrong, aligned[wrong], different[wrong], size)
         self.written.append(part)
         self.aligned_sum += int(aligned.sum())
         self.hardened_sum += int(self._words(hardened).sum())
@@ -73,8 +130,7 @@ class Undo:
         for part in self.written:
             rows = self._back(part, self.matrix[part])
             if part.start in self.corrections:
-                positions, values = self.corrections[part.start]
-                self._words(rows)[positions.long()] = values
+                self.corrections[part.start].put_into(rows)
             restored += int(self._words(rows).sum())
             self.matrix[part] = rows
         return restored == self.aligned_sum

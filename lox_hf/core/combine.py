@@ -1,4 +1,4 @@
-"""Weights between models: a linear combination of matrices, and directions on top, in float32 row tiles."""
+"""Weights between models: a linear combination of matrices, directions on top, a product added; float32 row tiles."""
 
 from collections.abc import Sequence
 
@@ -55,3 +55,18 @@ def combine(parts: Sequence[tuple[Tensor, float]], out: Tensor, directions: LowR
             added.add(part, tile)
         check_range(tile, out.dtype)
         out[part].copy_(tile)
+
+
+@torch.no_grad()
+def add_product(weight: Tensor, left: Tensor, right: Tensor) -> None:
+    """W <- W + left @ right in float32 row tiles, each rounded once to the dtype of W.
+
+    Args:
+        weight: W (m, n), changed in place.
+        left: (m, k).
+        right: (k, n).
+    """
+    left, right = left.to(weight.device, torch.float32), right.to(weight.device, torch.float32)
+    for part in tile_slices(*weight.shape, device=weight.device):
+        rows = weight[part]
+        rows.copy_(scratch("sum", rows.shape, torch.float32, rows.device).copy_(rows).addmm_(left[part], right))

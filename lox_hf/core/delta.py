@@ -1,6 +1,8 @@
 """The change alignment made to one matrix, in float32 row tiles: it is never held as a whole."""
 
+import copy
 from collections.abc import Iterator
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -10,10 +12,27 @@ from lox_hf.core.buffers import scratch
 TILE_ELEMENTS = 512 * 1024
 """Elements of a row tile: 2 MiB of float32, which stays in a core's cache between the two products that read it."""
 
+DEVICE_TILE_ELEMENTS = 32 * 1024 * 1024
+"""Elements of a row tile on an accelerator, where what counts is that few kernels are started."""
 
-def tile_slices(rows: int, columns: int, tile_elements: int = TILE_ELEMENTS) -> Iterator[slice]:
-    """Cut `rows` x `columns` into slices of whole rows with at most `tile_elements` elements (at least one row)."""
-    step = max(1, tile_elements // max(1, columns))
+
+def tile_slices(
+    rows: int, columns: int, tile_elements: int | None = None, *, device: torch.device | None = None
+) -> Iterator[slice]:
+    """Cut `rows` x `columns` into slices of whole rows with at most `tile_elements` elements (at least one row).
+
+    Args:
+        rows: Rows of the matrix.
+        columns: Columns of the matrix.
+        tile_elements: The most elements a slice may have; what suits `device` when None.
+        device: Where the slices are worked on; the CPU when None.
+
+    Yields:
+        Slices of row numbers from top to bottom.
+    """
+    on_cpu = device is None or device.type == "cpu"
+    limit = tile_elements or (TILE_ELEMENTS if on_cpu else DEVICE_TILE_ELEMENTS)
+    step = max(1, limit // max(1, columns))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -42,24 +61,49 @@ class Delta:
         found: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.aligned, self.base, self.rows, self.cast_base, self.found = aligned, base, rows, cast_base, found
-        self.shape = (len(aligned) if rows is None else len(rows), aligned.shape[1])
         self.device = aligned.device
 
-    def restrict(self, rows: Tensor) -> "Delta":
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns that `tiles` yields."""
+        return len(self.aligned if self.rows is None else self.rows), self.aligned.shape[1]
+
+    @property
+    def whole_shape(self) -> tuple[int, int]:
+        """(m, n) of the matrix, with all rows that are left out or that other processes hold."""
+        return self.aligned.shape[0], self.aligned.shape[1]
+
+    def restrict(self, rows: Tensor) -> Self:
         """Return dW with only these rows; the rest is known to be zero."""
-        return Delta(self.aligned, self.base, rows=rows, cast_base=self.cast_base, found=self.found)
+        return self._but(rows=rows)
 
-    def deflate(self, left: Tensor, right: Tensor) -> "Delta":
+    def deflate(self, left: Tensor, right: Tensor) -> Self:
         """Return dW - left @ right: what remains when the factors found so far are taken out."""
-        return Delta(self.aligned, self.base, cast_base=self.cast_base, found=(left, right))
+        return self._but(found=(left, right))
 
-    def sample(self, every: int) -> "Delta":
+    def sample(self, every: int) -> Self:
         """Return dW with one row in `every`: a cheap look at the whole."""
-        return Delta(self.aligned[::every], self.base[::every], cast_base=self.cast_base, found=self._sampled(every))
+        found = None if self.found is None else (self.found[0][::every], self.found[1])
+        return self._but(aligned=self.aligned[::every], base=self.base[::every], found=found)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum over all rows, of values that are a sum over the rows here: nothing is elsewhere."""
+        return values
+
+    def agree(self, values: Tensor) -> Tensor:
+        """Return the values that every process goes on with, where several work on one matrix: its own, alone."""
+        return values
+
+    def whole_rows(self, values: Tensor) -> Tensor:
+        """Put values of the rows here, (rows, k), among those of all rows, (m, k), which are zero where left out."""
+        if self.rows is None:
+            return values
+        whole = torch.zeros((len(self.aligned), values.shape[1]), dtype=values.dtype, device=values.device)
+        return whole.index_copy_(0, self.rows, values)
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (rows, float32 tile) pairs from top to bottom."""
-        for part in tile_slices(*self.shape):
+        for part in tile_slices(*self.shape, device=self.device):
             tile = scratch("delta", (part.stop - part.start, self.shape[1]), torch.float32, self.device)
             tile.copy_(self._pick(self.aligned, part)).sub_(self.base_rows(part))
             if self.found is not None:
@@ -76,10 +120,12 @@ class Delta:
         result = torch.empty(self.shape, dtype=torch.float32, device=self.device)
         for part, tile in self.tiles():
             result[part] = tile
-        return result
+        return self.whole_rows(result)
 
-    def _sampled(self, every: int) -> tuple[Tensor, Tensor] | None:
-        return None if self.found is None else (self.found[0][::every], self.found[1])
+    def _but(self, **changes: Any) -> Self:
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
 
     def _pick(self, matrix: Tensor, part: slice) -> Tensor:
         return matrix[part] if self.rows is None else matrix.index_select(0, self.rows[part])

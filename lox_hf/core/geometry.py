@@ -65,7 +65,7 @@ def coordinates(weight: Tensor, directions: LowRank) -> Tensor:
     """
     left = directions.U.to(weight.device)
     within = _zeros((directions.rank, weight.shape[1]), weight.device)
-    for part in tile_slices(*weight.shape):
+    for part in tile_slices(*weight.shape, device=weight.device):
         rows = weight[part]
         if rows.dtype != torch.float32:
             rows = scratch("delta", rows.shape, torch.float32, rows.device).copy_(rows)

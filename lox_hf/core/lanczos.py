@@ -86,7 +86,7 @@ def block_lanczos(
     generator = torch.Generator().manual_seed(seed)
     block = block_size(k)
     start = orthonormal_rows(torch.randn((block, delta.shape[1]), generator=generator).to(delta.device))
-    if delta.shape[0] * delta.shape[1] >= SAMPLE_MIN_ELEMENTS:
+    if math.prod(delta.whole_shape) >= SAMPLE_MIN_ELEMENTS:
         aimed = _Recurrence(delta.sample(SAMPLE_EVERY), block, start).run(tol, negligible, SAMPLE_STEPS)
         start = orthonormal_rows(torch.cat([aimed.vh, start])[:block])
     return _Recurrence(delta, k, start).run(tol, negligible, max_steps)
@@ -103,7 +103,11 @@ class _Ritz:
 
 
 class _Recurrence:
-    """The Krylov basis Q (its vectors are rows), the projection H = Q dW^T dW Q^T, and the products dW Q^T."""
+    """The Krylov basis Q (its vectors are rows), the projection H = Q dW^T dW Q^T, and the products dW Q^T.
+
+    Where the rows of dW are spread over processes each has Q and H, and the products of its own rows. What a rounding
+    could turn one way here and another way there is agreed on: blocks, eigenvectors and the decision to stop.
+    """
 
     def __init__(self, delta: Delta, k: int, start: Tensor) -> None:
         self.delta, self.k, self.block = delta, k, len(start)
@@ -111,7 +115,7 @@ class _Recurrence:
         self.capacity = max(4, BASIS_BUDGET_BYTES // (4 * columns * self.block)) * self.block
         self.capacity = min(self.capacity, columns // self.block * self.block)
         self.basis = torch.empty((self.capacity, columns), device=start.device)
-        self.basis[: self.block] = start
+        self.basis[: self.block] = delta.agree(start)
         self.size = self.block
         self.projected = torch.zeros((0, 0), dtype=torch.float64, device=start.device)
         self.left: list[Tensor] | None = []
@@ -163,7 +167,7 @@ class _Recurrence:
             self._bound_left()
         if norms is not None:
             self._measure(norms)
-        return product
+        return self.delta.total(product)
 
     def _bound_left(self) -> None:
         """Stop keeping the products where one more would exceed the budget."""
@@ -181,7 +185,7 @@ class _Recurrence:
         return total
 
     def _measure(self, row_norms: Tensor) -> None:
-        self.energy = row_norms.double().square().sum().item()
+        self.energy = self.delta.total(row_norms.double().square().sum()).item()
         if not math.isfinite(self.energy):
             raise NumericsError("dW contains NaN or Inf")
         changed = row_norms.nonzero().squeeze(1)
@@ -191,18 +195,24 @@ class _Recurrence:
 
     def _ritz(self, remainder: Tensor) -> "_Ritz":
         """The top k Ritz pairs within the dynamic range, and their residuals: only the newest block leaks out."""
-        values, vectors = torch.linalg.eigh(self.projected)
+        values, vectors = self._spectrum()
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
         count = min(self.k, int((values >= DYNAMIC_RANGE**2 * values[0]).sum()))
         next_s = values[count].sqrt().item() if count < len(values) else 0.0
         s, vectors = values[:count].sqrt(), vectors[:, :count]
-        leak = (vectors[-self.block :].float().T @ remainder).norm(dim=1).double() / s
+        leak = self.delta.agree((vectors[-self.block :].float().T @ remainder).norm(dim=1).double() / s)
         return _Ritz(vectors, next_s, (leak.norm() / s.norm()).item(), (leak / s).max().item())
+
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, ascending, and eigenvectors of H."""
+        values, vectors = torch.linalg.eigh(self.projected)
+        agreed = self.delta.agree(torch.cat([values[None], vectors]))
+        return agreed[0], agreed[1:]
 
     def _restart(self) -> None:
         """Shrink the basis to its best half; the recurrence goes on from there as if nothing had happened."""
         keep = max(self.block, self.capacity // (2 * self.block) * self.block)
-        values, vectors = torch.linalg.eigh(self.projected)
+        values, vectors = self._spectrum()
         values, vectors = values[-keep:], vectors[:, -keep:].float()
         self.basis[:keep] = vectors.T @ self.basis[: self.size]
         self.projected = torch.diag(values)
@@ -215,7 +225,7 @@ class _Recurrence:
         basis = self.basis[: self.size]
         block = orthonormal_rows(remainder, rounds=1)
         block = orthonormal_rows(block.addmm_(block @ basis.T, basis, alpha=-1))
-        self.basis[self.size : self.size + self.block] = block
+        self.basis[self.size : self.size + self.block] = self.delta.agree(block)
         self.size += self.block
 
     def _triplets(self, ritz: "_Ritz", remainder: Tensor, steps: int, converged: bool) -> Triplets:
@@ -224,25 +234,19 @@ class _Recurrence:
         image = self._image(vectors)
         product = (self.projected @ ritz.vectors).float().T @ self.basis[: self.size]
         product.addmm_(vectors[-self.block :].T, remainder)
-        q, core = torch.linalg.qr(image.double())
-        rows = torch.linalg.solve_triangular(core.T, product.double(), upper=False)
-        p, s, vh = torch.linalg.svd(rows, full_matrices=False)
-        u = self._all_rows((q @ p).float())
+        image = image.double()
+        # dW V has nearly orthogonal columns within the dynamic range: its Gram matrix is as good as a QR.
+        core = torch.linalg.cholesky(self.delta.total(image.T @ image))
+        rows = torch.linalg.solve_triangular(core, product.double(), upper=False)
+        p, s, vh = (self.delta.agree(part) for part in torch.linalg.svd(rows, full_matrices=False))
+        q = torch.linalg.solve_triangular(core, image.T, upper=False).T
+        u = self.delta.whole_rows((q @ p).float())
         return Triplets(u, s.float(), vh.float(), self.energy, ritz.next_s, ritz.residual, steps, converged)
 
     def _nothing(self) -> Triplets:
-        u, s, vh = (
-            torch.zeros(shape, device=self.basis.device)
-            for shape in ((len(self.delta.aligned), 0), 0, (0, self.basis.shape[1]))
-        )
+        (rows, columns), device = self.delta.whole_shape, self.basis.device
+        u, s, vh = (torch.zeros(shape, device=device) for shape in ((rows, 0), 0, (0, columns)))
         return Triplets(u, s, vh, self.energy, 0.0, 0.0, 1, True)
-
-    def _all_rows(self, u: Tensor) -> Tensor:
-        """Put the rows that did not change back in as zeros."""
-        if self.delta.rows is None:
-            return u
-        whole = torch.zeros((len(self.delta.aligned), u.shape[1]), device=u.device)
-        return whole.index_copy_(0, self.delta.rows, u)
 
     def _image(self, vectors: Tensor) -> Tensor:
         """dW V: from the products kept along the way, or by one more pass over dW."""

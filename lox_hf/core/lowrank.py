@@ -131,8 +131,8 @@ def decompose(delta: Delta, r: int | float, *, svd: str = "auto", tol: float = 1
     """
     if isinstance(r, float):
         return _by_energy(delta, r, svd=svd, tol=tol, seed=seed)
-    k = min(r, *delta.shape)
-    if svd == "exact" or min(delta.shape) <= SMALL_SIDE or 4 * block_size(k) > min(delta.shape):
+    k = min(r, *delta.whole_shape)
+    if svd == "exact" or min(delta.whole_shape) <= SMALL_SIDE or 4 * block_size(k) > min(delta.whole_shape):
         return exact(delta, k)
     return _iterative(delta, k, tol=tol, seed=seed) or exact(delta, k)
 
@@ -163,9 +163,11 @@ def exact(delta: Delta, k: int) -> Decomposition:
             u, s, vh = _svd(dense.double())
         except torch.linalg.LinAlgError as error:
             raise NumericsError(f"the SVD of dW {tuple(dense.shape)} did not converge in float64") from error
+    s = delta.agree(s.double())
     keep = min(k, int((s > NEGLIGIBLE * s[0]).sum())) if energy > 0 else 0
     next_s = s[keep].item() if keep < len(s) else 0.0
-    factors = LowRank(u[:, :keep].float().contiguous(), s[:keep].float(), vh[:keep].float().contiguous())
+    u, vh = (delta.agree(part.float().contiguous()) for part in (u[:, :keep], vh[:keep]))
+    factors = LowRank(u, s[:keep].float(), vh)
     return Decomposition(factors, energy, next_s, 0.0, 0, "exact" if energy > 0 else "zero")
 
 
@@ -228,7 +230,7 @@ def _by_energy(delta: Delta, share: float, *, svd: str, tol: float, seed: int) -
     while True:
         found = decompose(delta, k, svd=svd, tol=tol, seed=seed)
         cut = found.factors.rank_for(share, found.energy)
-        if cut < found.factors.rank or k >= min(delta.shape) or found.factors.rank < k:
+        if cut < found.factors.rank or k >= min(delta.whole_shape) or found.factors.rank < k:
             break
         k = 4 * k
     next_s = found.factors.S[cut].item() if cut < found.factors.rank else found.next_s

@@ -15,8 +15,9 @@ from lox_hf.inputs import ModelLike, Pair, open_pair
 from lox_hf.lora import RECORDS, LoraPair, active_lora, is_peft_model, lora_parameters, plan_pairs
 from lox_hf.provenance import check_not_hardened
 from lox_hf.records import HardeningReport
-from lox_hf.training.backends.sharded import is_sharded
 from lox_hf.training.checkpoints import STATE_NAME
+from lox_hf.weights.source import DictSource
+from lox_hf.weights.spread.model import is_spread
 
 
 class HardenAfter:
@@ -119,9 +120,10 @@ class HardenAfter:
 
 def _check_apart(pair: Pair) -> None:
     """Refuse a base that training will move along, such as a `model.state_dict()` that was not copied."""
-    if pair.base is not None or not isinstance(pair.factors, BaseFactors):
+    ours = pair.aligned.source
+    if pair.base is not None or not isinstance(pair.factors, BaseFactors) or not isinstance(ours, DictSource):
         return
-    ours, theirs = pair.aligned.source, pair.factors.base
+    theirs = pair.factors.base
     edited = [plan.name for plan in pair.plans if plan.edit]
     shared = [name for name in edited if ours.get(name).data_ptr() == theirs.get(name).data_ptr()]
     if shared:
@@ -137,7 +139,7 @@ def _check_adapter(model: Any, config: LoxConfig) -> None:
     if adapter in records:
         check_not_hardened(records[adapter].report.config, f"adapter '{adapter}'")
     factors: dict[str, tuple[Tensor, Tensor, float]] = dict(lora_parameters(model, adapter))
-    spread = [name for name, (b, a, _) in factors.items() if any(is_sharded(t) or hasattr(t, "ds_id") for t in (b, a))]
+    spread = [name for name, (b, a, _) in factors.items() if any(map(is_spread, (b, a)))]
     if spread:
         raise UnsupportedModelError(
             f"Adapter '{adapter}' is spread over processes: {listing(spread, 3)} Harden its files when the training "

@@ -42,7 +42,7 @@ def find_directions(
     Raises:
         ConfigError: If no base is named.
         PairingError: If the two models do not fit; all mismatches are listed.
-        UnsupportedModelError: If the weights are quantised, or spread over processes.
+        UnsupportedModelError: If the weights are quantised, or spread over processes and under adapters.
         CheckpointError: If files are missing or damaged.
         NumericsError: If a matrix contains NaN or Inf; it is named.
 
@@ -52,8 +52,8 @@ def find_directions(
         SafetySubspace(1 matrices, r=2, 'Sequential' - 'Sequential')
     """
     model, weights = getattr(model, "_orig_mod", model), open_weights(model)
-    held = "spread over processes" if weights.collective else "quantised" if _is_quantised(model) else ""
-    if held:
+    spread = "spread over processes, under adapters" if weights.collective and is_peft_model(model) else ""
+    if held := spread or ("quantised" if _is_quantised(model) else ""):
         raise UnsupportedModelError(
             f"The weights of {weights.label} are {held}, and directions are not found in these. Find them before: "
             "SafetySubspace.from_models(aligned, base, config).save_pretrained(folder); then pass that folder to "

@@ -15,9 +15,9 @@ from lox_hf.evaluation.models.chat import Conversation, ask
 from lox_hf.evaluation.models.random_states import random_states_kept
 from lox_hf.records import ProbeReading, Rate
 from lox_hf.statistics import rate
-from lox_hf.training.backends.live import reshard
 from lox_hf.training.probed import ProbedModel
 from lox_hf.training.processes import are_many, from_process_zero
+from lox_hf.weights.spread.model import reshard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

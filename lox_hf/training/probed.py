@@ -15,8 +15,8 @@ from lox_hf.evaluation.models.likelihood import Window, fitting_windows, negativ
 from lox_hf.evaluation.models.local import LocalModel, left_as_found
 from lox_hf.evaluation.models.templates import encode
 from lox_hf.evaluation.models.tokens import mark, special_tokens, tokenize
-from lox_hf.training.backends.live import has_pieces
 from lox_hf.training.processes import are_many
+from lox_hf.weights.spread.model import is_spread_model
 
 Result = TypeVar("Result")
 
@@ -90,7 +90,7 @@ class ProbedModel(LocalModel):
                 raise
         # In the middle of a pass that all make together the others wait for this process's weights and hear nothing
         # else: its error then ends the run, as the launcher stops the others.
-        if (done or not has_pieces(self._model)) and all(_answers(bool(done))):
+        if (done or not is_spread_model(self._model)) and all(_answers(bool(done))):
             return done[0]
         raise LoxError(
             "A process of this training has run out of memory in a safety probe. Under several processes a batch is "

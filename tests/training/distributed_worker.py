@@ -3,7 +3,6 @@
 Each process leaves what it saw in FOLDER/<rank>.pt; the test compares them with each other and with one process.
 """
 
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,50 +55,6 @@ def refusal(call: Callable[[], Any]) -> str:
     except LoxError as error:
         return f"{type(error).__name__}: {error}"
     return "not refused"
-
-
-# --- pieces: DTensors of every placement, on four processes ---------------------------------------------------------
-
-
-def pieces() -> dict[str, Any]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor.placement_types import _StridedShard
-
-    from lox_hf.training.backends.sharded import ShardedMatrix
-
-    line = init_device_mesh("cpu", (4,))
-    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
-    kinds = [Replicate(), Shard(0), Shard(1)]
-    layouts = [(line, (kind,)) for kind in kinds] + [(square, (a, b)) for a in kinds for b in kinds]
-    layouts.append((square, (_StridedShard(0, split_factor=2), Shard(0))))  # FSDP2 over tensor parallelism
-    seen: dict[str, Any] = {}
-    for shape in [(8, 6), (13, 7), (3, 9), (9, 1), (1, 2)]:
-        whole = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        for mesh, placements in layouts:
-            label = f"{shape} {placements}"
-            weight = nn.Parameter(distribute_tensor(whole.clone(), mesh, placements, src_data_rank=None))
-            matrix = ShardedMatrix(weight)
-            directions = directions_of(label, shape, k=min(2, *shape))
-            before = matrix.coordinates(directions)
-            matrix.add(0.5 * directions.U, directions.Vh)
-            seen[label] = {
-                "whole": whole,
-                "size": weight.to_local().numel(),
-                "before": before,
-                "after": matrix.coordinates(directions),
-                "dense": matrix.dense().clone(),  # where nothing is in pieces it is the weight itself
-                "bad": _spoilt(matrix, directions),
-            }
-    return seen
-
-
-@torch.no_grad()
-def _spoilt(matrix: Any, directions: LowRank) -> str:
-    """What a reading says when one process alone holds a NaN."""
-    if dist.get_rank() == 0:
-        matrix.weight.to_local()[:1, :1].fill_(math.nan)
-    return refusal(lambda: matrix.coordinates(directions))
 
 
 # --- training: a real Trainer on two processes ----------------------------------------------------------------------
@@ -197,7 +152,7 @@ def train(model: Any, folder: Path, arguments: Any) -> dict[str, Any]:
 @torch.no_grad()
 def _edit_in_place(matrix: Any) -> None:
     """The control: the same change, but only to what the forward pass uses."""
-    from lox_hf.training.backends.matrix import add_product
+    from lox_hf.core.combine import add_product
 
     change = change_of(CONTROL, matrix.shape)
     if hasattr(matrix.weight, "ds_id"):
@@ -205,7 +160,7 @@ def _edit_in_place(matrix: Any) -> None:
 
         with GatheredParameters([matrix.weight], modifier_rank=0):
             add_product(matrix.weight.data, *change)
-    elif type(matrix).__name__ == "ZeroMatrix":
+    elif type(matrix).__name__ == "SteppedMatrix":
         add_product(matrix.weight.data, *change)
 
 
@@ -222,12 +177,16 @@ STOP_BELOW = 0.92
 
 
 def callback(folder: Path, backend: str) -> dict[str, Any]:
-    """Train four steps that undo an alignment: watched, resumed in the middle, stopped, and brought back."""
+    """Train four steps that undo an alignment: watched, resumed in the middle, stopped, brought back, and hardened."""
+    from training.callback_runs import CONFIG
+
     subspace = str(folder / "subspace")
     seen = {
         "log": _watched(folder, backend, "log", LoxCallback(subspace, every_n_steps=1)),
         "stop": _watched(folder, backend, "stop", LoxCallback(subspace, "stop", below=STOP_BELOW, every_n_steps=1)),
         "reapply": _watched(folder, backend, "reapply", LoxCallback(subspace, "reapply", every_n_steps=2)),
+        "found": _watched(folder, backend, "found", LoxCallback(CONFIG, base_model=folder / "base", every_n_steps=1)),
+        "after": _watched(folder, backend, "after", LoxCallback(CONFIG, harden_after=True)),
     }
     if backend == "zero3":  # the Trainer refuses to resume what transformers has sharded, and accelerate needs a GPU
         again, checkpoint = LoxCallback(subspace, every_n_steps=1), str(folder / "log" / "checkpoint-2")
@@ -302,6 +261,8 @@ def _watched(folder: Path, backend: str, run: str, watch: Any, resume: str | Non
     steps: list[int] = []
     trainer.add_callback(_Counts(steps))
     trainer.train(resume_from_checkpoint=resume)
+    if run == "after":
+        trainer.save_model(str(folder / run / "saved"))
     kinds = {type(matrix).__name__ for matrix in open_weights(trainer.model).matrices.values()}
     found = [reading.figures() | {"step": reading.step} for reading in watch.readings]
     files = sorted(path.name for path in (folder / run).glob("checkpoint-*"))
@@ -314,9 +275,7 @@ def main() -> None:
     scene, folder = sys.argv[1], Path(sys.argv[2])
     if not dist.is_initialized() and "zero" not in scene:  # DeepSpeed sets up its own
         dist.init_process_group("gloo")
-    if scene == "pieces":
-        seen = pieces()
-    elif scene == "fsdp":
+    if scene == "fsdp":
         seen = fsdp(folder)
     elif scene.startswith("callback"):
         seen = callback(folder, scene.split()[1])

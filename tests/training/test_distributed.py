@@ -1,4 +1,4 @@
-"""Models in pieces over processes: DTensors of every placement, FSDP2 and DeepSpeed ZeRO under a real Trainer."""
+"""Models in pieces over processes under a real Trainer: FSDP2 and DeepSpeed ZeRO."""
 
 import os
 import subprocess
@@ -18,16 +18,16 @@ from distributed_worker import (
     Q_PROJ,
     STOP_BELOW,
     coordinates_of,
-    directions_of,
 )
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lox_hf import apply_lox
 from lox_hf.training.backends import open_weights
 from lox_hf.training.monitor import read_drift
 from robustness.trainable import make_model
-from training.callback_runs import make_subspace
+from training.callback_runs import CONFIG, make_base, make_subspace
 
 pytestmark = pytest.mark.distributed
 
@@ -125,55 +125,19 @@ def in_place(seen: dict[str, Any], moment: str) -> bool:
     return bool(gained < MOVED)
 
 
-@pytest.fixture(scope="module")
-def pieces(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return launch("pieces", tmp_path_factory.mktemp("pieces"), processes=4)
-
-
-def test_pieces_of_every_placement_read_as_the_whole(pieces: list[dict[str, Any]]) -> None:
-    wrong = []
-    for rank, seen in enumerate(pieces):
-        for label, found in seen.items():
-            whole = found["whole"].double()
-            directions = directions_of(label, tuple(whole.shape), k=min(2, *whole.shape))
-            u, vh = directions.U.double(), directions.Vh.double()
-            wanted = u.T @ whole @ vh.T
-            error = (found["before"] - wanted).norm() / whole.norm()  # C alone may be next to nothing
-            change = whole + 0.5 * u @ vh
-            good = error < RELATIVE
-            good &= bool((found["after"] - u.T @ change @ vh.T).norm() / whole.norm() < RELATIVE)
-            good &= bool((found["dense"] - change).norm() / change.norm() < RELATIVE)
-            wrong += [] if good else [(rank, label)]
-    assert wrong == []
-
-
-def test_pieces_cover_the_hard_cases_and_agree(pieces: list[dict[str, Any]]) -> None:
-    sizes = {label: [seen[label]["size"] for seen in pieces] for label in pieces[0]}
-    assert len(sizes) == 5 * 13
-    assert any(0 in held for held in sizes.values())
-    assert any(len(set(held)) > 1 and 0 not in held for held in sizes.values())
-    for moment in ["before", "after", "dense"]:
-        for label in sizes:
-            assert all(torch.equal(pieces[0][label][moment], seen[label][moment]) for seen in pieces), (label, moment)
-
-
-def test_a_nan_in_one_piece_is_refused_on_every_process(pieces: list[dict[str, Any]]) -> None:
-    assert {found["bad"] for seen in pieces for found in seen.values()} == {"NumericsError: W contains NaN or Inf"}
-
-
 def test_fsdp2(tmp_path: Path) -> None:
     # Not 65 rows: there transformers 5.23's FSDP2 trains a tied embedding wrongly by itself, as the forward pass never
     # sees what the optimiser does to the smaller piece. The other matrices are uneven all the same.
     one, other = train("fsdp", tmp_path, tied=True, vocabulary=66)
     assert same(one, other)
-    assert set(one["kinds"].values()) == {"ShardedMatrix"}
+    assert set(one["kinds"].values()) == {"DTensorMatrix"}
     check_readings(one, tmp_path)
     check_edits(one)
     # A forward pass without a backward pass leaves the embedding whole; opened again, it is in pieces.
     assert one["parameters after evaluation"][EMBEDDING] != "DTensor"
-    assert set(one["kinds after evaluation"].values()) == {"ShardedMatrix"}
+    assert set(one["kinds after evaluation"].values()) == {"DTensorMatrix"}
     check_forward(one, tmp_path)
-    assert one["fsdp 1"].startswith("UnsupportedModelError: FullyShardedDataParallel is trained with FSDP 1")
+    assert one["fsdp 1"].startswith("UnsupportedModelError: FullyShardedDataParallel is under FSDP 1")
 
 
 def test_zero_3(tmp_path: Path) -> None:
@@ -190,7 +154,7 @@ def test_zero_3(tmp_path: Path) -> None:
 def test_zero_2(tmp_path: Path) -> None:
     one, other = train("zero2", tmp_path, tied=False)
     assert same(one, other)
-    assert set(one["kinds after evaluation"].values()) == {"ZeroMatrix", "PlainMatrix"}
+    assert set(one["kinds after evaluation"].values()) == {"SteppedMatrix", "PlainMatrix"}
     assert one["kinds after evaluation"][FROZEN] == "PlainMatrix"  # nothing of it is ZeRO's
     assert one["dense"][Q_PROJ].dtype == torch.bfloat16  # while the optimiser keeps float32
     check_readings(one, tmp_path)
@@ -209,10 +173,25 @@ def check_refreshed(seen: dict[str, Any]) -> None:
         assert (seen["after"][name] - seen["before"][name] - added).abs().max() < RELATIVE
 
 
-@pytest.mark.parametrize(("backend", "kind"), [("fsdp", "ShardedMatrix"), ("zero3", "ZeroMatrix")])
+def check_hardened_after(folder: Path) -> None:
+    """What training left was hardened in its pieces as one process does it."""
+    trained, saved = (
+        AutoModelForCausalLM.from_pretrained(folder / "after" / name) for name in ("checkpoint-4", "saved")
+    )
+    before = {name: weight.detach().clone() for name, weight in trained.named_parameters()}
+    apply_lox(trained, CONFIG, base_model=folder / "model")
+    hardened = dict(saved.named_parameters())
+    for name, weight in trained.named_parameters():
+        change = (weight - before[name]).norm()
+        assert (hardened[name] - weight).norm() <= 1e-4 * change
+    assert saved.config.lox_config is not None
+
+
+@pytest.mark.parametrize(("backend", "kind"), [("fsdp", "DTensorMatrix"), ("zero3", "ZeroMatrix")])
 def test_a_callback_decides_alike_on_every_process(backend: str, kind: str, tmp_path: Path) -> None:
     subspace = make_subspace()
     make_model().save_pretrained(tmp_path / "model")
+    make_base().save_pretrained(tmp_path / "base")
     subspace.save_pretrained(tmp_path / "subspace")
     one, other = launch(f"callback {backend}", tmp_path, processes=2)
     assert same(one, other)
@@ -234,6 +213,11 @@ def test_a_callback_decides_alike_on_every_process(backend: str, kind: str, tmp_
     kept = {run: read_drift(tmp_path / run / "checkpoint-4", subspace).retention for run in ("log", "reapply")}
     assert kept["reapply"] == pytest.approx(1, abs=1e-5)
     assert kept["log"] == pytest.approx(fallen[-1], abs=1e-5)  # the control: a checkpoint without a correction
+
+    # From a config the directions are found together, in the pieces.
+    found = [reading["retention"] for reading in one["found"]["readings"]]
+    assert found == pytest.approx(fallen, abs=1e-5)
+    check_hardened_after(tmp_path)
 
     if backend == "zero3":
         resumed = one["resumed"]

@@ -7,14 +7,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lox_hf.edit import is_stack, matrices, matrix_names
-from lox_hf.errors import UnsupportedModelError, listing
+from lox_hf.edit import matrices, matrix_names
 from lox_hf.lora import is_peft_model
 from lox_hf.training.backends.matrix import LiveMatrix, PlainMatrix
-from lox_hf.training.backends.sharded import ShardedMatrix, is_sharded
-from lox_hf.training.backends.zero import ZeroMatrix, is_zero
-from lox_hf.weights.live import as_checkpoint, check_plain, live_tensors
+from lox_hf.training.backends.zero import SteppedMatrix, is_stepped
+from lox_hf.weights.live import live_tensors
 from lox_hf.weights.source import TensorInfo
+from lox_hf.weights.spread.model import (
+    by_checkpoint_name,
+    check_not_flat,
+    is_spread,
+    reshard,
+    spread_matrix,
+    whole_shape,
+)
 
 _STACKED = re.compile(r"\[\d+\]$")
 """End of the name of a matrix that is one of a stack, as `matrix_names` makes them."""
@@ -117,23 +123,7 @@ def open_weights(model: nn.Module) -> LiveWeights:
 
 def is_plain(model: nn.Module) -> bool:
     """Whether a model has no adapters and is in this process as a whole."""
-    return not is_peft_model(model) and not any(map(_is_spread, model.parameters()))
-
-
-def has_pieces(model: nn.Module) -> bool:
-    """Whether the processes hold pieces of weights, so that each forward pass is one of all of them together."""
-    return any(is_sharded(weight) or hasattr(weight, "ds_id") for weight in model.parameters())
-
-
-def reshard(model: nn.Module) -> None:
-    """Put FSDP 2's pieces in place; it leaves some weights whole after a forward pass without a backward pass.
-
-    Args:
-        model: Any model; nothing is done to others.
-    """
-    for module in model.modules():
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            cast("Any", module).reshard()
+    return not is_peft_model(model) and not any(map(_is_shared, model.parameters()))
 
 
 def live_matrix(weight: Tensor) -> LiveMatrix:
@@ -145,9 +135,9 @@ def live_matrix(weight: Tensor) -> LiveMatrix:
     Returns:
         The view.
     """
-    if is_zero(weight):
-        return ZeroMatrix(weight)
-    return ShardedMatrix(weight) if is_sharded(weight) else PlainMatrix(weight)
+    if is_spread(weight):
+        return spread_matrix(weight)
+    return SteppedMatrix(weight) if is_stepped(weight) else PlainMatrix(weight)
 
 
 def plain_matrices(tensors: Mapping[str, Tensor]) -> dict[str, LiveMatrix]:
@@ -180,43 +170,13 @@ def spread_matrices(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[
     Raises:
         UnsupportedModelError: If weights are held in a way that is not known.
     """
-    _check_not_flat(model)
-    if not any(map(_is_spread, parameters.values())):
+    check_not_flat(model)
+    if not any(map(_is_shared, parameters.values())):
         return {}
-    found: dict[str, LiveMatrix] = {}
-    fused: list[str] = []
-    for name, tensor in parameters.items():
-        shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
-        if len(shape) < 2:
-            continue
-        stored = list(as_checkpoint(model, {name: torch.empty(shape, device="meta")}))  # the piece may be empty
-        if len(shape) > 2 or len(stored) != 1 or is_stack(shape):
-            fused.append(f"{name}: {shape}")
-        else:
-            if not _is_spread(tensor):
-                check_plain(model, {name: tensor})
-            found[stored[0]] = live_matrix(tensor)
-    if fused:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is spread over processes and holds {len(fused)} weights that are no single "
-            f"matrix (fused experts, convolutions): {listing(fused, 8)} Read its checkpoints with read_drift instead."
-        )
-    return found
+    named = by_checkpoint_name(model, parameters)
+    return {name: live_matrix(tensor) for name, tensor in named.items() if len(whole_shape(tensor)) > 1}
 
 
-def _is_spread(tensor: Tensor) -> bool:
-    return is_sharded(tensor) or is_zero(tensor)
-
-
-def _check_not_flat(model: nn.Module) -> None:
-    """Refuse FSDP of the first kind, which keeps many weights in one flat parameter."""
-    flat = [
-        name or type(module).__name__
-        for name, module in model.named_modules()
-        if type(module).__name__ == "FullyShardedDataParallel" or hasattr(module, "_flat_param")
-    ]
-    if flat:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is trained with FSDP 1, whose flat parameters hold no matrices: "
-            f"{listing(flat, 3)} Use FSDP 2: fsdp_version: 2 in accelerate's settings."
-        )
+def _is_shared(tensor: Tensor) -> bool:
+    """Whether processes read or change this together."""
+    return is_spread(tensor) or is_stepped(tensor)

@@ -5,8 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lox_hf.core.buffers import scratch
-from lox_hf.core.delta import tile_slices
+from lox_hf.core.combine import add_product
 from lox_hf.core.geometry import coordinates
 from lox_hf.core.lowrank import LowRank
 
@@ -65,18 +64,3 @@ class PlainMatrix:
     def add(self, left: Tensor, right: Tensor) -> None:
         """Add left @ right in float32 and round once to the dtype of W."""
         add_product(self.weight, left, right)
-
-
-@torch.no_grad()
-def add_product(weight: Tensor, left: Tensor, right: Tensor) -> None:
-    """W <- W + left @ right in float32 row tiles, each rounded once to the dtype of W.
-
-    Args:
-        weight: W (m, n), changed in place.
-        left: (m, k).
-        right: (k, n).
-    """
-    left, right = left.to(weight.device, torch.float32), right.to(weight.device, torch.float32)
-    for part in tile_slices(*weight.shape):
-        rows = weight[part]
-        rows.copy_(scratch("sum", rows.shape, torch.float32, rows.device).copy_(rows).addmm_(left[part], right))
