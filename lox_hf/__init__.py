@@ -187,7 +187,7 @@ _HOMES = {
         "Verdict",
         "VerificationReport",
     ),
-    "ranks": ("join_ranks",),
+    "parallel.ranks": ("join_ranks",),
     "robustness.attacks.recipe": ("Attack",),
     "robustness.attacks.rows": ("get_attack",),
     "robustness.controls": ("ControlTraining",),
@@ -240,7 +240,7 @@ if TYPE_CHECKING:
     from lox_hf.hub.stream import harden_to_hub, plan_to_hub
     from lox_hf.hub.verify import verify
     from lox_hf.metrics import load_metric
-    from lox_hf.ranks import join_ranks
+    from lox_hf.parallel.ranks import join_ranks
     from lox_hf.records import (
         AccuracyReport,
         AutoReport,

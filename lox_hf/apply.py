@@ -10,15 +10,15 @@ from lox_hf.config import LoxConfig
 from lox_hf.core.delta import Delta
 from lox_hf.core.extrapolate import FullPart, LowRankPart
 from lox_hf.core.lowrank import Decomposition
-from lox_hf.edit import Directions, edit_tensor, matrices
-from lox_hf.edit_all import each_tensor
-from lox_hf.edit_spread import edit_spread, pieces
+from lox_hf.edit.model import each_tensor
+from lox_hf.edit.spread import edit_spread, pieces
+from lox_hf.edit.tensor import Directions, edit_tensor, matrices
+from lox_hf.edit.undo import Undo
 from lox_hf.errors import ConfigError, DistributedError, LoxError
 from lox_hf.inputs import HasFactors, ModelLike, Pair, make_report, open_pair
 from lox_hf.lora import adapter_report, harden_lora, is_peft_model, revert_lora
 from lox_hf.provenance import STAMP, stamp
 from lox_hf.records import HardeningReport, TensorPlan, TensorReport
-from lox_hf.undo import Undo
 from lox_hf.weights.live import live_tensors
 from lox_hf.weights.spread.matrix import SpreadMatrix
 from lox_hf.weights.spread.model import SpreadSource, commit, in_turn, is_spread_model, together

@@ -12,8 +12,8 @@ from torch import Tensor
 from lox_hf.config import LoxConfig
 from lox_hf.core.lanczos import block_size
 from lox_hf.core.lowrank import SMALL_SIDE
-from lox_hf.edit import BaseFactors, edit_tensor
-from lox_hf.parallel import map_tensors
+from lox_hf.edit.tensor import BaseFactors, edit_tensor
+from lox_hf.parallel.threads import map_tensors
 from lox_hf.records import HardeningEstimate, HardeningPlan, TensorPlan
 from lox_hf.weights.selection import matrix_shape
 from lox_hf.weights.source import DictSource

@@ -8,12 +8,12 @@ import torch
 
 from lox_hf.adapter_files import harden_adapter, plan_adapter
 from lox_hf.config import CONFIG_NAME, LoxConfig
-from lox_hf.device import resolve_device
 from lox_hf.errors import CheckpointError
 from lox_hf.hub_files import CHECKPOINT_FILES, Resolved, resolve
 from lox_hf.inputs import HasFactors, ModelLike, Pair, make_report, open_pair
+from lox_hf.parallel.device import resolve_device
+from lox_hf.parallel.ranks import Ranks
 from lox_hf.provenance import STAMP, stamp
-from lox_hf.ranks import Ranks
 from lox_hf.records import REPORT_NAME, HardeningPlan, HardeningReport
 from lox_hf.weight_files import check_agreement, run_identity, source_of, write_weights
 from lox_hf.weights.folder import MODEL_CONFIG, is_adapter, model_config, side_files

@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 from torch import Tensor, nn
 
 from lox_hf.config import ALL_LINEAR, LoxConfig
-from lox_hf.edit import BaseFactors, FactorSource, check_something_changed, report_warnings
+from lox_hf.edit.tensor import BaseFactors, FactorSource, check_something_changed, report_warnings
 from lox_hf.errors import CheckpointError, ConfigError
 from lox_hf.hub_files import BASE_FILES, CHECKPOINT_FILES, Resolved, fetch_file, is_offline, resolve
 from lox_hf.provenance import STAMP, check_not_hardened

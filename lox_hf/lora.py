@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lox_hf.config import LoxConfig
 from lox_hf.core.lowrank import Decomposition, LowRank, from_lora
-from lox_hf.edit import naming, tensor_report
+from lox_hf.edit.tensor import naming, tensor_report
 from lox_hf.errors import ConfigError, LoxError, NumericsError, PairingError, UnsupportedModelError
 from lox_hf.provenance import check_not_hardened
 from lox_hf.records import HardeningReport, ModelReference, TensorPlan, TensorReport

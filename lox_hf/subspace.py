@@ -16,8 +16,8 @@ from torch import Tensor
 from lox_hf.config import CONFIG_NAME, LoxConfig
 from lox_hf.core.geometry import coordinates
 from lox_hf.core.lowrank import LowRank
-from lox_hf.device import resolve_device
-from lox_hf.edit import (
+from lox_hf.edit.model import each_tensor
+from lox_hf.edit.tensor import (
     Directions,
     FactorSource,
     matrices,
@@ -25,10 +25,10 @@ from lox_hf.edit import (
     naming,
     tensor_report,
 )
-from lox_hf.edit_all import each_tensor
 from lox_hf.errors import CheckpointError, ConfigError, listing
 from lox_hf.hub_files import fetch_file, push_folder, resolve
 from lox_hf.inputs import ModelLike, Pair, make_report, open_pair
+from lox_hf.parallel.device import resolve_device
 from lox_hf.records import REPORT_NAME, HardeningReport, TensorPlan, TensorReport
 from lox_hf.subspace_factors import SubspaceFactors
 from lox_hf.weights.output_file import output_errors

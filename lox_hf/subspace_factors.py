@@ -7,7 +7,7 @@ from torch import Tensor
 from lox_hf.config import LoxConfig
 from lox_hf.core.delta import Delta
 from lox_hf.core.lowrank import Decomposition, LowRank
-from lox_hf.edit import Piece, matrix_names
+from lox_hf.edit.tensor import Piece, matrix_names
 from lox_hf.errors import ConfigError, PairingError, listing
 from lox_hf.records import HardeningReport, TensorPlan, TensorReport
 from lox_hf.weights.identity import weights_sample

@@ -8,16 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lox_hf.edit import MatrixSink
-from lox_hf.edit_all import edit_tensors
-from lox_hf.edit_scaled import storing
+from lox_hf.edit.model import edit_tensors
+from lox_hf.edit.scaled import storing
+from lox_hf.edit.tensor import MatrixSink
 from lox_hf.errors import CheckpointError, DistributedError, OutputError, listing
 from lox_hf.estimate import cost
 from lox_hf.inputs import Pair
-from lox_hf.ranks import Ranks
+from lox_hf.parallel.ranks import Ranks
+from lox_hf.parallel.share import cut, part_numbers
 from lox_hf.records import TensorPlan, TensorReport
 from lox_hf.run_folder import differences
-from lox_hf.share import cut, part_numbers
 from lox_hf.version import versions
 from lox_hf.weights.identity import weights_identity
 from lox_hf.weights.output_file import COPY_BYTES, OutputFile

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from lox_hf import LoxConfig, LoxError, harden_checkpoint
-from lox_hf.ranks import Ranks, join_ranks
+from lox_hf.parallel.ranks import Ranks, join_ranks
 
 LOST_AFTER_S = 4.0
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from lox_hf import ConfigError, LoxConfig, NumericsError, apply_lox, edit_all, edit_batches, revert_lox, staging
 from lox_hf.core.lanczos import Triplets
 from lox_hf.core.scaled import Blocks, ScaledTensor
-from lox_hf.device import CPU, in_batches, memory_budget, resolve_device
-from lox_hf.edit import BaseFactors, MatrixSink, edit_tensor, matrices
-from lox_hf.edit_all import each_tensor, edit_tensors
-from lox_hf.edit_batches import find_in_batches
+from lox_hf.edit.batches import find_in_batches
+from lox_hf.edit.model import each_tensor, edit_tensors
+from lox_hf.edit.tensor import BaseFactors, MatrixSink, edit_tensor, matrices
+from lox_hf.parallel.device import CPU, in_batches, memory_budget, resolve_device
+from lox_hf.parallel.staging import Drain, Stage
 from lox_hf.records import TensorPlan, TensorReport
-from lox_hf.staging import Drain, Stage
 from lox_hf.weights.selection import select
 from lox_hf.weights.source import DictSource
 

@@ -19,7 +19,7 @@ from fake_hub import FakeHub, Repo
 from lox_hf import HardeningPlan, LoxConfig, SafetySubspace, plan_hardening
 from lox_hf.cli.plan_table import estimate_table, fold, plan_table
 from lox_hf.cli.words import duration
-from lox_hf.edit import BaseFactors, edit_tensor
+from lox_hf.edit.tensor import BaseFactors, edit_tensor
 from lox_hf.errors import AlreadyHardenedError, CheckpointError, UnsupportedModelError
 from lox_hf.estimate import cost, estimate, longest_share, size_bytes
 from lox_hf.records import HardeningEstimate, ModelReference, TensorPlan

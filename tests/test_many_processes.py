@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lox_hf import HardeningReport, LoxConfig, OutputError, harden_checkpoint
-from lox_hf.ranks import join_ranks
+from lox_hf.parallel.ranks import join_ranks
+from lox_hf.parallel.share import PART_BYTES, cut, part_numbers
 from lox_hf.records import REPORT_NAME
-from lox_hf.share import PART_BYTES, cut, part_numbers
 from lox_hf.weights.journal import JOURNAL
 from ranks_worker import LOST_AFTER_S
 from test_faults import MATRICES, contents, make_pair, results

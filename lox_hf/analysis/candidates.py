@@ -14,10 +14,10 @@ from torch import nn
 from lox_hf.analysis.directions import base_of
 from lox_hf.config import ALL_LINEAR, REGEX_SIGNS, LoxConfig
 from lox_hf.core.delta import Delta
-from lox_hf.edit import matrices, matrix_names
+from lox_hf.edit.tensor import matrices, matrix_names
 from lox_hf.errors import ConfigError, NumericsError, PairingError
 from lox_hf.inputs import Pair
-from lox_hf.parallel import map_tensors
+from lox_hf.parallel.threads import map_tensors
 from lox_hf.records import TensorPlan
 from lox_hf.subspace import SafetySubspace
 from lox_hf.weights.live import checkpoint_names, linear_modules

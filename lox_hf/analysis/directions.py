@@ -5,10 +5,10 @@ import shutil
 import torch
 
 from lox_hf.core.geometry import coordinates
-from lox_hf.edit import BaseFactors, matrices, matrix_names
+from lox_hf.edit.tensor import BaseFactors, matrices, matrix_names
 from lox_hf.errors import ConfigError, LoxError, PairingError, listing
 from lox_hf.inputs import Pair
-from lox_hf.parallel import map_tensors
+from lox_hf.parallel.threads import map_tensors
 from lox_hf.records import TensorPlan
 from lox_hf.run_folder import RunFolder
 from lox_hf.subspace import SafetySubspace

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lox_hf.core.combine import combine
 from lox_hf.core.lowrank import LowRank
-from lox_hf.edit import BaseFactors, Directions, edit_tensor, matrices, matrix_names, naming
+from lox_hf.edit.tensor import BaseFactors, Directions, edit_tensor, matrices, matrix_names, naming
 from lox_hf.errors import PairingError, listing
 from lox_hf.hub_files import CHECKPOINT_FILES
 from lox_hf.inputs import ModelLike, Pair, open_side
-from lox_hf.parallel import map_tensors
+from lox_hf.parallel.threads import map_tensors
 from lox_hf.records import TensorPlan
 from lox_hf.weights.live import live_tensors
 from lox_hf.weights.source import DictSource, WeightSource

@@ -11,7 +11,7 @@ from lox_hf.analysis.candidates import Targets, Trial, delta_norms, make_trials,
 from lox_hf.analysis.directions import base_of, check_same_models, find_directions
 from lox_hf.analysis.formed import FormedModel
 from lox_hf.analysis.points import PointJob, ScoreFn, identity, measured, with_dtype
-from lox_hf.edit import Directions, matrix_names
+from lox_hf.edit.tensor import Directions, matrix_names
 from lox_hf.errors import UnsupportedModelError
 from lox_hf.inputs import Pair
 from lox_hf.records import Candidate, Score

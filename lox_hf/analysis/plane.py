@@ -12,7 +12,7 @@ from lox_hf.analysis.formed import as_matrices
 from lox_hf.core.buffers import scratch
 from lox_hf.core.delta import tile_slices
 from lox_hf.errors import NumericsError, PairingError, listing
-from lox_hf.parallel import map_tensors
+from lox_hf.parallel.threads import map_tensors
 from lox_hf.weights.source import WeightSource
 
 TILE_ELEMENTS = 128 * 1024

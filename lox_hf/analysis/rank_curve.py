@@ -15,7 +15,7 @@ from lox_hf.analysis.effective_rank import effective_rank, too_few
 from lox_hf.analysis.formed import FormedModel, of_live_weights
 from lox_hf.analysis.points import PointJob, ScoreFn, identity, measured, with_dtype
 from lox_hf.config import ALL_LINEAR, LoxConfig
-from lox_hf.edit import matrix_names
+from lox_hf.edit.tensor import matrix_names
 from lox_hf.errors import ConfigError, PairingError, listing
 from lox_hf.inputs import ModelLike, Pair, open_pair
 from lox_hf.jobs import Runner

@@ -24,7 +24,7 @@ from lox_hf.errors import ConfigError
 
 if TYPE_CHECKING:
     from lox_hf.config import LoxConfig
-    from lox_hf.ranks import Ranks
+    from lox_hf.parallel.ranks import Ranks
     from lox_hf.records import HardeningPlan, HardeningReport
 
     Route: TypeAlias = tuple[Callable[..., HardeningPlan], Callable[..., HardeningReport], Path | str]
@@ -64,7 +64,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(options: argparse.Namespace) -> None:
     """Harden, and print the report; of several processes the first one speaks for all."""
-    from lox_hf.ranks import join_ranks
+    from lox_hf.parallel.ranks import join_ranks
 
     options = merge_file(options)
     config = make_config(options)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lox_hf.edit import MatrixSink, matrices
+from lox_hf.edit.tensor import MatrixSink, matrices
 from lox_hf.records import TensorCheck, TensorPlan
 from lox_hf.weights.source import ShardedSource, TensorInfo
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from lox_hf.config import LoxConfig
-from lox_hf.edit import MatrixSink
-from lox_hf.edit_all import edit_tensors
-from lox_hf.edit_scaled import storing
+from lox_hf.edit.model import edit_tensors
+from lox_hf.edit.scaled import storing
+from lox_hf.edit.tensor import MatrixSink
 from lox_hf.errors import OutputError, UnsupportedModelError
 from lox_hf.harden import plan_files, shards_of
 from lox_hf.hub.repository import Repository

@@ -4,8 +4,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from lox_hf.edit_all import edit_tensors
-from lox_hf.edit_scaled import storing
+from lox_hf.edit.model import edit_tensors
+from lox_hf.edit.scaled import storing
 from lox_hf.errors import CheckpointError, OutputError, UnsupportedModelError
 from lox_hf.hub.claim import Claim, read_stamp
 from lox_hf.hub.comparing import BothSources, Comparison, misfits

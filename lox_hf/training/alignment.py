@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lox_hf.apply import apply_lox, hardening_report
 from lox_hf.config import LoxConfig
-from lox_hf.edit import BaseFactors
+from lox_hf.edit.tensor import BaseFactors
 from lox_hf.errors import ConfigError, UnsupportedModelError, listing
 from lox_hf.inputs import ModelLike, Pair, open_pair
 from lox_hf.lora import RECORDS, LoraPair, active_lora, is_peft_model, lora_parameters, plan_pairs

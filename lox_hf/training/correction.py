@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lox_hf.edit import naming
+from lox_hf.edit.tensor import naming
 from lox_hf.errors import NumericsError, listing
 from lox_hf.subspace import SafetySubspace
 from lox_hf.training.backends import LiveWeights

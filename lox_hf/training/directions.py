@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lox_hf.config import ALL_LINEAR, LoxConfig
-from lox_hf.edit import BaseFactors
+from lox_hf.edit.tensor import BaseFactors
 from lox_hf.errors import ConfigError, UnsupportedModelError
 from lox_hf.hub_files import BASE_FILES
 from lox_hf.inputs import ModelLike, Pair, Side, open_side

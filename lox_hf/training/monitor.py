@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lox_hf.core.delta import Delta
 from lox_hf.core.geometry import Projection, coordinates, project
-from lox_hf.edit import matrices, matrix_names, naming
+from lox_hf.edit.tensor import matrices, matrix_names, naming
 from lox_hf.hub_files import BASE_FILES, CHECKPOINT_FILES
 from lox_hf.inputs import ModelLike, open_side
-from lox_hf.parallel import map_tensors
+from lox_hf.parallel.threads import map_tensors
 from lox_hf.records import DriftReading, TensorDrift
 from lox_hf.subspace import SafetySubspace
 from lox_hf.training.backends import LiveWeights, is_plain, open_weights

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lox_hf.config import ALL_LINEAR, LoxConfig
-from lox_hf.edit import is_stack, matrix_names
+from lox_hf.edit.tensor import is_stack, matrix_names
 from lox_hf.errors import ConfigError, PairingError, listing
 from lox_hf.lora import is_peft_model
 from lox_hf.subspace import SafetySubspace

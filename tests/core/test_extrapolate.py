@@ -10,8 +10,8 @@ from torch import Tensor
 from lox_hf.core.delta import Delta
 from lox_hf.core.extrapolate import FullPart, LowRankPart, extrapolate
 from lox_hf.core.lowrank import LowRank, decompose
+from lox_hf.edit.undo import Undo
 from lox_hf.errors import NumericsError
-from lox_hf.undo import Undo
 
 SHAPE = (200, 130)
 VALUES = [0.5, 0.4, 0.3, 0.1, 0.05]

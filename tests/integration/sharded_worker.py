@@ -74,7 +74,7 @@ def refusal(call: Callable[[], Any]) -> str:
 
 def pieces_of(model: nn.Module) -> dict[str, Tensor]:
     """A copy of what this process holds, the optimiser's copy included."""
-    from lox_hf.edit_spread import pieces
+    from lox_hf.edit.spread import pieces
     from lox_hf.weights.spread.model import SpreadSource
 
     source, found = SpreadSource(model, "model"), {}

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lox_hf.edit import matrices, matrix_names
+from lox_hf.edit.tensor import matrices, matrix_names
 from lox_hf.lora import is_peft_model
 from lox_hf.training.backends.matrix import LiveMatrix, PlainMatrix
 from lox_hf.training.backends.zero import SteppedMatrix, is_stepped

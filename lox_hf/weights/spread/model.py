@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lox_hf.core.precision import exact_products
 from lox_hf.core.spread import Peers
 from lox_hf.errors import DistributedError, UnsupportedModelError, listing
-from lox_hf.parallel import return_free_memory
+from lox_hf.parallel.threads import return_free_memory
 from lox_hf.progress import progress_bar
 from lox_hf.records import TensorPlan
 from lox_hf.weights.live import as_checkpoint, check_readable, live_tensors

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lox_hf.core.extrapolate import FullPart, LowRankPart, check_range, extrapolate
 from lox_hf.core.lowrank import Decomposition, LowRank
-from lox_hf.edit import Directions, naming, tensor_report, without_directions
+from lox_hf.edit.tensor import Directions, naming, tensor_report, without_directions
+from lox_hf.edit.undo import Undo
 from lox_hf.records import TensorPlan, TensorReport
-from lox_hf.undo import Undo
 from lox_hf.weights.spread.matrix import Block, SpreadMatrix
 
 

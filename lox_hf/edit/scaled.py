@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lox_hf.core.delta import TILE_ELEMENTS
 from lox_hf.core.scaled import ScaledTensor, round_rows
-from lox_hf.edit import MatrixSink
-from lox_hf.edit_all import Target
+from lox_hf.edit.model import Target
+from lox_hf.edit.tensor import MatrixSink
 from lox_hf.records import TensorPlan
 from lox_hf.weights.scaled import ScaledSource
 from lox_hf.weights.source import WeightSource

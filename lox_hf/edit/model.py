@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lox_hf.core.buffers import free_scratch
 from lox_hf.core.precision import exact_products
-from lox_hf.device import CPU, in_batches
-from lox_hf.edit import Directions, FactorSource, MatrixSink, edit_tensor
-from lox_hf.edit_batches import find_in_batches
-from lox_hf.parallel import map_tensors
+from lox_hf.edit.batches import find_in_batches
+from lox_hf.edit.tensor import Directions, FactorSource, MatrixSink, edit_tensor
+from lox_hf.parallel.device import CPU, in_batches
+from lox_hf.parallel.staging import Drain
+from lox_hf.parallel.threads import map_tensors
 from lox_hf.progress import progress_bar
 from lox_hf.records import TensorPlan, TensorReport
-from lox_hf.staging import Drain
 from lox_hf.weights.source import DictSource, WeightSource
 
 TensorWork = Callable[[TensorPlan, Tensor, Directions], None]

@@ -13,10 +13,10 @@ from lox_hf.core.batched import batch_bytes, batched_lanczos, fits
 from lox_hf.core.delta import Delta
 from lox_hf.core.lanczos import Triplets
 from lox_hf.core.lowrank import Decomposition, LowRank
-from lox_hf.device import memory_budget
-from lox_hf.edit import BaseFactors, Directions, FactorSource, matrices
+from lox_hf.edit.tensor import BaseFactors, Directions, FactorSource, matrices
+from lox_hf.parallel.device import memory_budget
+from lox_hf.parallel.staging import Stage
 from lox_hf.records import TensorPlan
-from lox_hf.staging import Stage
 from lox_hf.weights.selection import matrix_shape
 from lox_hf.weights.source import DictSource, TensorInfo, WeightSource
 

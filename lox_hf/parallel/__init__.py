@@ -1,0 +1,1 @@
+"""Where the work runs: threads, processes, devices, and what is on its way between them."""
