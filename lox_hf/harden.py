@@ -8,15 +8,23 @@ import torch
 
 from lox_hf.adapter_files import harden_adapter, plan_adapter
 from lox_hf.config import CONFIG_NAME, LoxConfig
-from lox_hf.errors import CheckpointError
+from lox_hf.errors import CheckpointError, OutputError
 from lox_hf.hub_files import CHECKPOINT_FILES, Resolved, resolve
 from lox_hf.inputs import HasFactors, ModelLike, Pair, make_report, open_pair
 from lox_hf.parallel.device import resolve_device
 from lox_hf.parallel.ranks import Ranks
 from lox_hf.provenance import STAMP, stamp
 from lox_hf.records import REPORT_NAME, HardeningPlan, HardeningReport
-from lox_hf.weight_files import check_agreement, run_identity, source_of, write_weights
+from lox_hf.weight_files import (
+    check_agreement,
+    run_identity,
+    source_of,
+    times_of,
+    wait_until,
+    write_weights,
+)
 from lox_hf.weights.folder import MODEL_CONFIG, is_adapter, model_config, side_files
+from lox_hf.weights.parts_writer import PartsWriter
 from lox_hf.weights.planned import has_no_weights, plan_from_config
 from lox_hf.weights.shard import ShardLike
 from lox_hf.weights.source import INDEX_NAME, WEIGHTS_NAME
@@ -100,8 +108,11 @@ def harden_checkpoint(
             allow_repeat=allow_repeat,
         )
         _harden(pair, output_dir, ranks, device=place, num_workers=num_workers, progressbar=progressbar)
-    ranks.gather(None)  # published
-    return HardeningReport.from_json((Path(output_dir).expanduser() / REPORT_NAME).read_text(encoding="utf-8"))
+    ranks.from_first("published")
+    path = Path(output_dir).expanduser().absolute() / REPORT_NAME
+    if not wait_until(path.is_file, path.parent):
+        raise OutputError(f"This process does not see {path}, which process 0 has published.")
+    return HardeningReport.from_json(path.read_text(encoding="utf-8"))
 
 
 def _harden(
@@ -115,12 +126,14 @@ def _harden(
 ) -> None:
     """Check, write, and publish: together, except that process 0 alone makes and publishes the folder."""
     started = time.perf_counter()
-    plan, run = plan_files(pair), run_identity(pair, str(output_dir), device)
-    writer = FolderWriter(output_dir, run, is_first=ranks.is_first, is_shared=ranks.size > 1)
+    output = Path(output_dir).expanduser().absolute()
+    plan, run = plan_files(pair), run_identity(pair, str(output), device)
+    times = {"times": times_of(pair)} if ranks.is_first else {}  # machines may have copies of their own
+    writer = PartsWriter(output_dir, run | times, is_first=ranks.is_first, is_shared=ranks.size > 1)
     if ranks.is_first:
         writer.check(plan.total_bytes, _inputs(pair))
     check_agreement(ranks, run)
-    with writer:
+    with writer, ranks.telling():
         reports = write_weights(
             pair, writer, ranks, device=device, num_workers=num_workers, progressbar=progressbar
         )
@@ -132,7 +145,8 @@ def _harden(
                 writer.copy(content, name)
             else:
                 writer.write(name, content)
-        writer.publish()
+        with ranks.publishing():
+            writer.publish()
 
 
 def plan_hardening(

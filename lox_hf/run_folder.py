@@ -193,12 +193,15 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def differences(
+    there: Mapping[str, Any], now: Mapping[str, Any], sides: tuple[str, str] = ("there", "now")
+) -> str:
     """Say how the settings of a run, or of one of its results, differ from those of now; empty where they do not.
 
     Args:
         there: Settings in the folder, as JSON gives them back.
         now: The same of this run. Under "weights" stand hashes by model.
+        sides: What the two are called.
 
     Returns:
         What differs and how; of hashes, which say nothing to a reader, only what they are of.
@@ -207,20 +210,22 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         >>> differences({"n": 5, "weights": {"base": "0" * 16}}, {"n": 6, "weights": {"base": "1" * 16}})
         'n: 5 there, 6 now; the weights of base have changed since, or are of another model'
     """
-    words = "; ".join(_differing(there, now))
+    words = "; ".join(_differing(there, now, sides))
     return words if len(words) <= MOST_SHOWN else f"{words[:MOST_SHOWN]} ..."
 
 
-def _differing(there: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> Iterator[str]:
+def _differing(
+    there: Mapping[str, Any], now: Mapping[str, Any], sides: tuple[str, str], place: str = ""
+) -> Iterator[str]:
     """What differs, entry by entry; of settings within settings only those that do."""
     for name in {**there, **now}:
         old, new, whole = there.get(name), now.get(name), f"{place}{name}"
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differing(old, new, f"{whole}.")
+            yield from _differing(old, new, sides, f"{whole}.")
         elif not all(isinstance(value, str) and HASH.fullmatch(value) for value in (old, new)):
-            yield f"{whole}: {old!r} there, {new!r} now"
+            yield f"{whole}: {old!r} {sides[0]}, {new!r} {sides[1]}"
         elif whole in ("weights", "weights_sample"):
             yield "the weights: another model's"
         elif place == "weights.":

@@ -1,16 +1,20 @@
 """The weights of a hardened checkpoint: written in parts, by one process or several, and gone on with after a kill."""
 
+import os
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lox_hf.edit.model import edit_tensors
 from lox_hf.edit.scaled import storing
-from lox_hf.edit.tensor import MatrixSink
+from lox_hf.edit.tensor import BaseFactors, MatrixSink
 from lox_hf.errors import CheckpointError, DistributedError, OutputError, listing
 from lox_hf.estimate import cost
 from lox_hf.inputs import Pair
@@ -19,13 +23,15 @@ from lox_hf.parallel.share import cut, part_numbers
 from lox_hf.records import TensorPlan, TensorReport
 from lox_hf.run_folder import differences
 from lox_hf.version import versions
-from lox_hf.weights.identity import weights_identity
+from lox_hf.weights.identity import file_times, weights_identity
 from lox_hf.weights.output_file import COPY_BYTES, OutputFile
+from lox_hf.weights.parts_writer import PartsWriter
 from lox_hf.weights.selection import matrix_shape
 from lox_hf.weights.shard import ShardLike
 from lox_hf.weights.source import ShardedSource
-from lox_hf.weights.writer import FolderWriter
 
+SEEN_AFTER_S = 30.0
+"""How long a process waits to see what another one has made."""
 Reports = dict[str, list[TensorReport]]
 
 
@@ -50,6 +56,19 @@ def run_identity(pair: Pair, output: str, device: torch.device) -> dict[str, obj
     }
 
 
+def times_of(pair: Pair) -> list[dict[str, list[int]]]:
+    """When the files of both sides were changed last: a run does not go on with parts that were made from others.
+
+    Args:
+        pair: Both models.
+
+    Returns:
+        Size and time by file name, of each side.
+    """
+    sides = [pair.aligned.source, *([pair.factors.base] if isinstance(pair.factors, BaseFactors) else [])]
+    return [file_times(side) for side in sides]
+
+
 def check_agreement(ranks: Ranks, run: Mapping[str, object]) -> None:
     """Refuse processes that were started with other settings or see other files.
 
@@ -62,9 +81,9 @@ def check_agreement(ranks: Ranks, run: Mapping[str, object]) -> None:
     """
     first, *others = ranks.gather(run)
     problems = [
-        f"process {rank}: {words.replace(' there,', ' in process 0,').replace(' now', ' here')}"
+        f"process {rank}: {words}"
         for rank, other in enumerate(others, start=1)
-        if (words := differences(first, other))
+        if (words := differences(first, other, ("in process 0", "here")))
     ]
     if problems:
         raise DistributedError(
@@ -75,7 +94,7 @@ def check_agreement(ranks: Ranks, run: Mapping[str, object]) -> None:
 
 def write_weights(
     pair: Pair,
-    writer: FolderWriter,
+    writer: PartsWriter,
     ranks: Ranks,
     *,
     device: torch.device,
@@ -86,7 +105,7 @@ def write_weights(
 
     Args:
         pair: Both models.
-        writer: The folder, with a journal.
+        writer: The folder.
         ranks: The processes that share the work.
         device: Where the work is done.
         num_workers: Threads of each process; None takes torch's number of threads.
@@ -100,16 +119,16 @@ def write_weights(
         OutputError: If the disk is full, or the processes do not see one folder.
         DistributedError: If another process has failed or was lost.
     """
-    source = source_of(pair)
-    finished: Reports = _make_files(source, writer) if ranks.is_first else {}
-    names = set(ranks.gather(list(finished))[0])
-    journal = writer.journal
-    if journal is None or not journal.is_of_this_run():
+    source, journal = source_of(pair), writer.journal
+    finished: Reports = make_files(source, writer) if ranks.is_first else {}
+    token, names = ranks.from_first([journal.token, list(finished)])
+    if not wait_until(lambda: journal.join(token), writer.output):
         raise OutputError(
             f"Process {ranks.rank} on {socket.gethostname()} does not see {writer.partial}: choose an output on a "
             "file system that all processes share."
         )
-    rest = [plan for plan in pair.plans if plan.name not in names]
+    done = set(names)
+    rest = [plan for plan in pair.plans if plan.name not in done]
     mine = cut(rest, [cost(plan, pair.config.svd) for plan in rest], ranks.size)[ranks.rank]
     parts = _Parts(mine, source, writer, ranks)
     edit_tensors(
@@ -173,19 +192,48 @@ def _as_bytes(rows: Tensor) -> memoryview:
     return rows.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _make_files(source: ShardedSource, writer: FolderWriter) -> Reports:
-    """Make all files with their headers, and return what an earlier run has finished in them."""
-    were_there = all(_is_whole(writer, shard) for shard in source.shards)
+def wait_until(is_seen: Callable[[], bool], output: Path) -> bool:
+    """Wait for what another process has made: network file systems show it later, and may be asked to look again.
+
+    Args:
+        is_seen: Whether it is there.
+        output: Folder beside which, or in whose place, it is made.
+
+    Returns:
+        False where it does not come.
+    """
+    deadline = time.monotonic() + SEEN_AFTER_S
+    while not is_seen() and time.monotonic() < deadline:
+        time.sleep(0.1)
+        with suppress(OSError):
+            os.listdir(output.parent)
+    return is_seen()
+
+
+def make_files(source: ShardedSource, writer: PartsWriter) -> Reports:
+    """Make all files with their headers, and find what an earlier run has finished in them.
+
+    Args:
+        source: The aligned model's files.
+        writer: The folder.
+
+    Returns:
+        Reports of the finished tensors by their names.
+    """
+    journal = writer.journal
+    if not all(_is_whole(writer, shard) for shard in source.shards):
+        journal.begin(anew=True)  # before there are files of the right size with nothing in them
     for shard in source.shards:
-        writer.create(shard.name, shard.size_bytes).write(shard.header, 0)
+        file = writer.create(shard.name, shard.size_bytes)
+        file.write(shard.header, 0)
+        writer.close(file)
     found: Reports = {}
-    if were_there and writer.journal is not None:
-        for entry in writer.journal.entries():
-            found |= writer.journal.read(entry)
+    for entry in journal.entries():
+        found |= journal.read(entry)
     return found
 
 
-def _is_whole(writer: FolderWriter, shard: ShardLike) -> bool:
+def _is_whole(writer: PartsWriter, shard: ShardLike) -> bool:
     path = writer.partial / shard.name
     return path.exists() and path.stat().st_size == shard.size_bytes
 
@@ -193,7 +241,7 @@ def _is_whole(writer: FolderWriter, shard: ShardLike) -> bool:
 class _Parts:
     """The parts of one process's share: each is entered in the journal when the last of its tensors is done."""
 
-    def __init__(self, plans: Sequence[TensorPlan], source: ShardedSource, writer: FolderWriter, ranks: Ranks) -> None:
+    def __init__(self, plans: Sequence[TensorPlan], source: ShardedSource, writer: PartsWriter, ranks: Ranks) -> None:
         infos = source.infos()
         self.numbers = part_numbers(
             [plan.name for plan in plans],
@@ -220,7 +268,7 @@ class _Parts:
 class _Folder:
     """The new folder as a target: every shard is the aligned one's header, then the tensors at their places."""
 
-    def __init__(self, source: ShardedSource, writer: FolderWriter, names: set[str]) -> None:
+    def __init__(self, source: ShardedSource, writer: PartsWriter, names: set[str]) -> None:
         self._source = source
         self._places: dict[str, tuple[OutputFile, int]] = {}
         # A float8 weight's scales are written with it.

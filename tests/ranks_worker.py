@@ -16,6 +16,13 @@ LOST_AFTER_S = 4.0
 def harden(ranks: Ranks, scene: str, pair: Path, output: Path) -> None:
     """Harden; process 1 is the one to which something happens."""
     base, settings = str(pair / "base"), {"svd": "exact"} if scene == "slow" else {}
+    if scene == "elsewhere":
+        os.chdir(output.parent if ranks.rank == 0 else pair)
+        output = Path(output.name)
+    if scene == "first frozen" and ranks.rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if scene == "stopped while publishing" and ranks.rank == 0:
+        stop_in_publish()
     if ranks.rank == 1:
         if scene == "other settings":
             settings = {"r": 2, "alpha": 0.5}
@@ -30,6 +37,18 @@ def harden(ranks: Ranks, scene: str, pair: Path, output: Path) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
     report = harden_checkpoint(pair / "aligned", output, LoxConfig(base, **settings), ranks=ranks)
     print(ranks.rank, len(report.tensors), flush=True)
+
+
+def stop_in_publish() -> None:
+    """Have a SIGTERM come as the folder is about to be renamed."""
+    rename = os.rename
+
+    def stopped(source: Path, target: Path) -> None:
+        if target.name == "out":
+            os.kill(os.getpid(), signal.SIGTERM)
+        rename(source, target)
+
+    os.rename = stopped
 
 
 def main() -> int:

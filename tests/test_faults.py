@@ -1,5 +1,6 @@
 """Whatever happens in the middle: the inputs are untouched, the output is absent or complete, and a rerun succeeds."""
 
+import ctypes
 import errno
 import json
 import multiprocessing
@@ -165,10 +166,16 @@ def test_the_disk_fails(moment: str, number: int, pair: Path, tmp_path: Path, mo
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    patched = {"allocate": "posix_fallocate", "write": "pwrite", "flush": "fsync", "publish": "rename"}[moment]
+    def fail_in_c(*_: object) -> int:
+        ctypes.set_errno(number)
+        return -1
+
     reason = {errno.ENOSPC: "the disk is full", errno.EROFS: "read-only", errno.EIO: "Input/output error"}[number]
     with monkeypatch.context() as patch, nothing_lost(tmp_path):
-        patch.setattr(os, patched, fail)
+        if moment == "allocate":
+            patch.setattr(output_module, "_FALLOCATE", fail_in_c)
+        else:
+            patch.setattr(os, {"write": "pwrite", "flush": "fsync", "publish": "rename"}[moment], fail)
         with pytest.raises(OutputError, match=rf"Cannot write .*/out: .*{reason}.*Nothing was published"):
             harden(pair, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["pair"]
@@ -193,6 +200,23 @@ def test_a_flush_that_fails_in_the_background_is_told_at_the_end(
     with pytest.raises(OSError, match="lost"):
         file.close()
     assert next(answers, "both were made") == "both were made"
+
+
+def test_a_file_system_that_reserves_nothing(tmp_path: Path) -> None:
+    """As NFS 3: the C library would write every block, and cannot do it twice."""
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "ramfs", "none", str(tmp_path)], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("a disk in memory cannot be mounted here")
+    try:
+        for data in (b"once", b"more"):
+            file = OutputFile(tmp_path / "file", 2**20, tmp_path)
+            file.write(memoryview(data), 0)
+            file.close()
+        assert (tmp_path / "file").read_bytes() == b"more" + bytes(2**20 - 4)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from lox_hf.weights.shard import Shard
 from lox_hf.weights.source import ShardedSource, WeightSource
 
 SAMPLED = 32
@@ -48,3 +49,17 @@ def weights_identity(source: WeightSource) -> str:
     for name in sampled:
         source.release(name)
     return digest.hexdigest()
+
+
+def file_times(source: WeightSource) -> dict[str, list[int]]:
+    """Size and time of the last change of every file on this machine, which a sample of numbers cannot stand for.
+
+    Args:
+        source: The weights.
+
+    Returns:
+        Bytes and nanoseconds by file name; nothing for weights that are in no file here.
+    """
+    shards = source.shards if isinstance(source, ShardedSource) else []
+    stats = {shard.name: shard.path.stat() for shard in shards if isinstance(shard, Shard)}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}

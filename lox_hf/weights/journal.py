@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,29 +13,42 @@ from lox_hf.run_folder import RUN_NAME, write_whole
 JOURNAL = ".journal"
 
 
-class Journal:
+class PartJournal:
     """Small files beside the weights: whose run it is, and one for every finished part.
 
     A part is entered when its bytes are on the disk, so what is entered needs no second look. Several processes may
-    enter parts at once; the lock is the unpublished folder's.
+    enter parts at once; the lock is the unpublished folder's. A folder that is begun anew gets another token, and what
+    a process of an earlier run enters late counts no more.
 
     Args:
         folder: The unpublished folder.
         run: What has to be equal for a later run to go on: settings, inputs, versions.
+
+    Attributes:
+        token: What the entries of this folder are named by; empty before `begin` or `join`.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, object]) -> None:
         self.folder = folder / JOURNAL
-        self._run = json.dumps(run, sort_keys=True)
+        self.token = ""
+        self._run = json.loads(json.dumps(run))
 
     def is_of_this_run(self) -> bool:
         """Whether what stands here was written under the same settings from the same inputs."""
-        path = self.folder / RUN_NAME
-        return path.is_file() and path.read_text(encoding="utf-8") == self._run
+        return self._read_run().get("run") == self._run
 
-    def begin(self) -> None:
-        """Start a journal, or go on with the one of this run."""
-        write_whole(self.folder / RUN_NAME, self._run)
+    def begin(self, *, anew: bool = False) -> None:
+        """Start a journal, or go on with the one of this run; `anew` lets nothing of that one count."""
+        if not anew and self.is_of_this_run():
+            self.token = str(self._read_run()["token"])
+            return
+        self.token = secrets.token_hex(8)
+        write_whole(self.folder / RUN_NAME, json.dumps({"token": self.token, "run": self._run}))
+
+    def join(self, token: str) -> bool:
+        """Take part in what another process has begun; False where this process does not see it."""
+        self.token = token
+        return self._read_run().get("token") == token
 
     def enter(self, reports: Mapping[str, Sequence[TensorReport]]) -> str:
         """Enter the tensors of a finished part.
@@ -45,14 +59,14 @@ class Journal:
         Returns:
             Name of the entry.
         """
-        entry = hashlib.sha256("\n".join(reports).encode()).hexdigest()[:16] + ".json"
+        entry = f"{self.token}-{hashlib.sha256(chr(10).join(reports).encode()).hexdigest()[:16]}.json"
         content = {name: [item.to_dict() for item in items] for name, items in reports.items()}
         write_whole(self.folder / entry, json.dumps(content))
         return entry
 
     def entries(self) -> list[str]:
         """Names of the finished parts."""
-        return sorted(path.name for path in self.folder.glob("[!.]*.json") if path.name != RUN_NAME)
+        return sorted(path.name for path in self.folder.glob(f"{self.token}-*.json"))
 
     def read(self, entry: str) -> dict[str, list[TensorReport]]:
         """Return the reports of a finished part by tensor."""
@@ -60,5 +74,13 @@ class Journal:
         return {name: [TensorReport.from_dict(item) for item in items] for name, items in content.items()}
 
     def end(self) -> None:
-        """Remove the journal: the folder is about to be published."""
-        shutil.rmtree(self.folder)
+        """Remove the journal: the folder is about to be published, or to be removed."""
+        if self.folder.is_dir():
+            shutil.rmtree(self.folder)
+
+    def _read_run(self) -> dict[str, object]:
+        path = self.folder / RUN_NAME
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}

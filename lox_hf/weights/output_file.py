@@ -1,9 +1,11 @@
 """A file of a folder that is being made: reserved at once, written at any place, flushed behind the work."""
 
+import ctypes
 import errno
 import os
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +31,7 @@ class OutputFile:
         self.path, self.output = path, output
         self._fd = os.open(path, os.O_WRONLY | (0 if size_bytes is None else os.O_CREAT), 0o644)
         self._unflushed, self._lock = 0, threading.Lock()
+        self._is_written = False
         self._flusher: threading.Thread | None = None
         self._flush_error: OSError | None = None
         try:
@@ -50,6 +53,7 @@ class OutputFile:
                 piece, done = data[start : start + COPY_BYTES], 0
                 while done < len(piece):
                     done += os.pwrite(self._fd, piece[done:], position + start + done)
+        self._is_written = True
         self._flush_behind(len(data))
 
     def flush(self) -> None:
@@ -60,7 +64,9 @@ class OutputFile:
         """
         if self._flusher is not None:
             self._flusher.join()
-        os.fsync(self._fd)
+        if self._is_written:
+            self._is_written = False
+            os.fsync(self._fd)
         if self._flush_error is not None:
             raise self._flush_error
 
@@ -121,12 +127,27 @@ def output_errors(output: Path) -> Iterator[None]:
 
 
 def _reserve(fd: int, size_bytes: int) -> None:
-    """Reserve the space of a file; file systems that cannot only set its size."""
-    try:
-        if size_bytes and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, size_bytes)
-            return
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
+    """Reserve the space of a file; file systems that cannot only set its size.
+
+    Not by `posix_fallocate`: where the file system cannot, the C library writes into every block, and reads it before.
+
+    Raises:
+        OSError: If there is not so much space.
+    """
+    if os.fstat(fd).st_size == size_bytes:
+        return  # gone on with
+    if _FALLOCATE is not None and _FALLOCATE(fd, 0, 0, size_bytes) != 0:
+        number = ctypes.get_errno()
+        if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise OSError(number, os.strerror(number))
     os.ftruncate(fd, size_bytes)
+
+
+def _find_fallocate() -> Callable[[int, int, int, int], int] | None:
+    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None) if sys.platform == "linux" else None
+    if call is not None:
+        call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
+    return call
+
+
+_FALLOCATE = _find_fallocate()

@@ -3,16 +3,12 @@
 import fcntl
 import os
 import shutil
-import warnings
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from lox_hf.errors import OutputError
-from lox_hf.records import TensorReport
-from lox_hf.weights.journal import Journal
 from lox_hf.weights.output_file import COPY_BYTES, OutputFile, output_errors
 
 
@@ -20,30 +16,15 @@ class FolderWriter:
     """The output folder while it is not published: `.NAME.lox-partial` beside it, locked against a second run.
 
     Use as a context manager: leaving it without `publish` removes everything. What a killed run left is removed by
-    the next one, or gone on with where it is of the same run.
+    the next one.
 
     Args:
         output_dir: Folder to publish; it must not exist, or be empty.
-        run: What has to be equal for a later run to go on where a killed one stopped; None never goes on.
-        is_first: Whether this process makes, locks and publishes the folder; the others fill files that it made.
-        is_shared: Several processes write: after an error the parts that are finished stay, as after a kill.
-
-    Attributes:
-        journal: The parts that are finished; None without `run`.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        run: Mapping[str, object] | None = None,
-        *,
-        is_first: bool = True,
-        is_shared: bool = False,
-    ) -> None:
+    def __init__(self, output_dir: str | Path) -> None:
         self.output = Path(output_dir).expanduser().absolute()
         self.partial = self.output.parent / f".{self.output.name}.lox-partial"
-        self.journal = None if run is None else Journal(self.partial, run)
-        self._is_first, self._is_shared = is_first, is_shared
         self._files: list[OutputFile] = []
         self._lock_fd = -1
         self._published = False
@@ -80,8 +61,6 @@ class FolderWriter:
             )
 
     def __enter__(self) -> Self:
-        if not self._is_first:
-            return self
         with output_errors(self.output):
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             self.partial.mkdir(exist_ok=True)
@@ -90,6 +69,8 @@ class FolderWriter:
                 fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 os.close(self._lock_fd)
+                if not isinstance(error, BlockingIOError):
+                    raise
                 raise OutputError(
                     f"Another run is writing {self.output}: wait for it, or choose another folder."
                 ) from error
@@ -102,35 +83,26 @@ class FolderWriter:
         return self
 
     def _take_up(self) -> None:
-        """Go on with what a killed run left, where it is of this run; otherwise start with an empty folder."""
-        if self.journal is None or not self.journal.is_of_this_run():
-            for stale in self.partial.iterdir():
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        if self.journal is not None:
-            self.journal.begin()
+        """Start with an empty folder."""
+        for stale in self.partial.iterdir():
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self._files:
-            with suppress(OSError):
-                file.close()
-        if not self._is_first:
-            return
+        self._close_all()
         if not self._published:  # otherwise a folder of this name is another run's
             self._give_up()
         os.close(self._lock_fd)
 
+    def _close_all(self) -> None:
+        for file in self._files:
+            with suppress(OSError):
+                file.close()
+
     def _give_up(self) -> None:
-        """Remove the folder, or say why it stays: the others' finished parts are not this process's to drop."""
-        if not (self._is_shared and self.journal is not None and self.journal.entries()):
-            shutil.rmtree(self.partial, ignore_errors=True)
-            return
-        warnings.warn(
-            f"What is finished stays in {self.partial}: the same command goes on from there. Remove that folder if "
-            "you do not want to.",
-            stacklevel=3,
-        )
+        """Remove the folder."""
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def create(self, name: str, size_bytes: int) -> OutputFile:
         """Create a file of the folder with its space reserved; one of this size that is there is kept as it is.
@@ -155,23 +127,6 @@ class FolderWriter:
     def _keep(self, file: OutputFile) -> OutputFile:
         self._files.append(file)
         return file
-
-    def open(self, name: str) -> OutputFile:
-        """Open a file that was created, by this process or another.
-
-        Args:
-            name: Relative path.
-
-        Returns:
-            The open file.
-
-        Raises:
-            OutputError: If it is not there.
-        """
-        path = self.partial / name
-        with output_errors(self.output):
-            file = next((file for file in self._files if file.path == path), None)
-            return file or self._keep(OutputFile(path, None, self.output))
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file of the folder.
@@ -202,23 +157,6 @@ class FolderWriter:
                 file.write(memoryview(piece), position)
                 position += len(piece)
 
-    def finish(self, reports: Mapping[str, Sequence[TensorReport]]) -> str:
-        """Flush all files to disk, and enter the tensors of a part as finished.
-
-        Args:
-            reports: Reports of the matrices of each tensor of the part.
-
-        Returns:
-            Name of the journal's entry.
-
-        Raises:
-            OutputError: If the disk is full.
-        """
-        with output_errors(self.output):
-            for file in self._files:
-                file.flush()
-            return self.journal.enter(reports) if self.journal else ""
-
     def publish(self) -> Path:
         """Flush everything to disk and rename the folder to its place.
 
@@ -231,15 +169,17 @@ class FolderWriter:
         with output_errors(self.output):
             while self._files:
                 self._files.pop().close()
-            if self.journal is not None:
-                self.journal.end()
             for path in sorted(self.partial.rglob("*"), reverse=True):  # files that others wrote, and folders
                 _flush_path(path)
+            self._make_final()
             os.fsync(self._lock_fd)
             os.rename(self.partial, self.output)
             self._published = True
             _flush_path(self.output.parent)
         return self.output
+
+    def _make_final(self) -> None:
+        """Take out what is not to be published; here there is nothing."""
 
 
 def _flush_path(path: Path) -> None:
