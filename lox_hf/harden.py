@@ -1,6 +1,7 @@
 """`harden_checkpoint`: disk to disk in constant memory. Resolve, plan, validate, execute, publish."""
 
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from lox_hf.adapter_files import harden_adapter, plan_adapter
 from lox_hf.config import CONFIG_NAME, LoxConfig
 from lox_hf.errors import CheckpointError, OutputError
-from lox_hf.hub_files import CHECKPOINT_FILES, Resolved, resolve
+from lox_hf.hub_files import CHECKPOINT_FILES, Resolved, find_repository, is_offline, resolve
 from lox_hf.inputs import HasFactors, ModelLike, Pair, make_report, open_pair
 from lox_hf.parallel.device import resolve_device
 from lox_hf.parallel.ranks import Ranks
@@ -165,8 +166,8 @@ def plan_hardening(
     Args:
         model_name_or_path: See `harden_checkpoint`.
         config: Settings.
-        output_dir: Where the output would go; checked when given. None also plans a model whose weights are not
-            there, from its `config.json` alone.
+        output_dir: Where the output would go; checked when given. None reads headers alone of models on the Hub, and
+            also plans a model whose weights are not there, from its `config.json`.
         base_model: See `harden_checkpoint`.
         revision: Revision of the aligned model on the Hub.
         token: Hub token.
@@ -183,13 +184,15 @@ def plan_hardening(
         >>> plan = plan_hardening("org/aligned", LoxConfig("org/base"))  # doctest: +SKIP
         >>> [tensor.reason for tensor in plan.tensors if not tensor.edit]  # doctest: +SKIP
     """
-    aligned = resolve(model_name_or_path, revision=revision, token=token, files=CHECKPOINT_FILES)
-    if is_adapter(aligned.folder):
-        return plan_adapter(aligned, config or LoxConfig(), output_dir=output_dir, allow_repeat=allow_repeat)
-    if output_dir is None and has_no_weights(aligned.folder):
-        return plan_from_config(
-            aligned, config or LoxConfig(), trust_remote_code=trust_remote_code, allow_repeat=allow_repeat
-        )
+    headers_alone = output_dir is None and _is_on_hub(model_name_or_path, revision, token)
+    if not headers_alone:
+        aligned = resolve(model_name_or_path, revision=revision, token=token, files=CHECKPOINT_FILES)
+        if is_adapter(aligned.folder):
+            return plan_adapter(aligned, config or LoxConfig(), output_dir=output_dir, allow_repeat=allow_repeat)
+        if output_dir is None and has_no_weights(aligned.folder):
+            return plan_from_config(
+                aligned, config or LoxConfig(), trust_remote_code=trust_remote_code, allow_repeat=allow_repeat
+            )
     pair = open_pair(
         model_name_or_path,
         base_model,
@@ -198,11 +201,20 @@ def plan_hardening(
         token=token,
         trust_remote_code=trust_remote_code,
         allow_repeat=allow_repeat,
+        stream_in=Path(tempfile.gettempdir()) if headers_alone else None,
     )
     plan = plan_files(pair)
     if output_dir is not None:
         FolderWriter(output_dir).check(plan.total_bytes, _inputs(pair))
     return plan
+
+
+def _is_on_hub(name: str | Path, revision: str | None, token: str | bool | None) -> bool:
+    """Whether this is a full checkpoint on the Hub: no folder, no adapter, no model without weights."""
+    if Path(name).expanduser().exists() or is_offline():
+        return False
+    _, files = find_repository(name, revision=revision, token=token)
+    return WEIGHTS_NAME in files or INDEX_NAME in files
 
 
 def plan_files(pair: Pair) -> HardeningPlan:

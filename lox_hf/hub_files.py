@@ -71,18 +71,24 @@ def resolve(
         raise CheckpointError(f"'{name_or_path}' is a file; pass the folder that holds the checkpoint.")
     _must_be_hub_id(name_or_path)
     check_token(token)
+    with hub_errors(str(name_or_path), revision, repo_type=repo_type):
+        return _download(str(name_or_path), revision, token, files, repo_type)
+
+
+def _download(
+    repo_id: str, revision: str | None, token: str | bool | None, files: list[str], repo_type: RepoType = "model"
+) -> Resolved:
     import huggingface_hub
 
-    with hub_errors(str(name_or_path), revision, repo_type=repo_type):
-        path = huggingface_hub.snapshot_download(
-            str(name_or_path),
-            repo_type=repo_type,
-            revision=revision,
-            token=token,
-            allow_patterns=files,
-            ignore_patterns=OTHER_WEIGHTS,
-        )
-    return Resolved(Path(path), ModelReference(str(name_or_path), Path(path).name))
+    path = huggingface_hub.snapshot_download(
+        repo_id,
+        repo_type=repo_type,
+        revision=revision,
+        token=token,
+        allow_patterns=files,
+        ignore_patterns=OTHER_WEIGHTS,
+    )
+    return Resolved(Path(path), ModelReference(repo_id, Path(path).name))
 
 
 def is_offline() -> bool:
@@ -119,9 +125,9 @@ def find_repository(
 
     with hub_errors(str(repo_id), revision):
         found = huggingface_hub.HfApi(token=token).model_info(str(repo_id), revision=revision)
-    names = frozenset(sibling.rfilename for sibling in found.siblings or [])
-    small = [pattern for pattern in files if pattern != "*.safetensors"]
-    return resolve(repo_id, revision=found.sha, token=token, files=small), names
+        names = frozenset(sibling.rfilename for sibling in found.siblings or [])
+        small = [pattern for pattern in files if pattern != "*.safetensors"]
+        return _download(str(repo_id), found.sha, token, small), names
 
 
 def fetch_file(

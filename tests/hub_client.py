@@ -61,6 +61,7 @@ def harden(root: Path) -> dict[str, Any]:
     plan = plan_hardening("org/aligned", settings)
     report = harden_checkpoint("org/aligned", root / "hardened", settings)
     carded = plan_hardening("org/carded", LoxConfig(r=2))
+    kept = [_is_cached("org/aligned"), _is_cached("org/carded")]
     token = huggingface_hub.get_token()
     private = plan_hardening("org/private", settings, token=token)
     adapter = harden_checkpoint("org/adapter", root / "hardened-adapter", LoxConfig(r=2))
@@ -68,9 +69,16 @@ def harden(root: Path) -> dict[str, Any]:
         "plan": [plan.to_dict()[side] for side in ("aligned", "base")],
         "report": [report.to_dict()[side] for side in ("aligned", "base")],
         "carded": [carded.to_dict()["base"], carded.base_found_in],
+        "kept": kept,
         "private": private.aligned.name_or_path,
         "adapter": [adapter.to_dict()["aligned"], adapter.base, len(adapter.tensors)],
     }
+
+
+def _is_cached(repo_id: str) -> bool:
+    """Whether a model's weights are on this machine."""
+    found = huggingface_hub.try_to_load_from_cache(repo_id, "config.json")
+    return isinstance(found, str) and any(Path(found).parent.glob("*.safetensors"))
 
 
 def errors(root: Path) -> dict[str, str]:

@@ -113,6 +113,11 @@ def test_reports_and_stamp_name_both_commits(world: World) -> None:
     assert [stamp["base_model_name_or_path"], stamp["revision"]] == list(both[1].values())
 
 
+def test_a_plan_reads_headers_alone(world: World) -> None:
+    hardened, planned = world.results["harden"]["kept"]
+    assert hardened and not planned
+
+
 def test_ids_give_the_weights_that_folders_give(world: World) -> None:
     harden_checkpoint(world.root / "aligned", world.root / "local", LoxConfig(str(world.root / "base"), r=2))
     hardened, local = (zoo.read_checkpoint(world.root / name) for name in ("hardened", "local"))
