@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -34,7 +35,8 @@ def on_device(bench: Bench, device: str) -> Iterator[Row]:
         return
     options = {"device": found["device"], "quick": bench.quick, "repeats": bench.repeats}
     settings = {"r": bench.r, "alpha": bench.alpha}
-    result = run_job("scale_device.py", "measure", options | settings, bench.cpu_threads).result
+    cores = len(os.sched_getaffinity(0))  # the host solves the small problems, one a thread, and feeds the device
+    result = run_job("scale_device.py", "measure", options | settings, cores).result
     name = f"{found['name']} ({result['parameters'] / 1e9:.2g} B)"
     moved = {"device": 3 * result["state_bytes"], "host": result["state_bytes"]}
     for where in moved:

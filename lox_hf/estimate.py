@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lox_hf.config import LoxConfig
 from lox_hf.core.lanczos import block_size
-from lox_hf.core.lowrank import SMALL_SIDE
+from lox_hf.core.lowrank import fits
 from lox_hf.edit.tensor import BaseFactors, edit_tensor
 from lox_hf.parallel.threads import map_tensors
 from lox_hf.records import HardeningEstimate, HardeningPlan, TensorPlan
+from lox_hf.weights.scaled import scale_name
 from lox_hf.weights.selection import matrix_shape
 from lox_hf.weights.source import DictSource
 
@@ -28,12 +29,16 @@ WRITING_PASSES = 0.6
 """Passes that forming, rounding and handing on an entry takes (measured)."""
 EXACT_PASSES = 0.2
 """Passes of block Lanczos that LAPACK's SVD takes for each entry and each of its smaller side (measured)."""
+FLOAT8_PASSES = 1.65
+"""Passes that one over a float8 matrix takes, which is turned into float32 on the way (measured: 1.6 and 1.7)."""
 MOVING_PASSES = 0.3
 """Passes that reading and writing one byte of a file in the page cache takes for each entry of it (measured)."""
 
 MIB = 2**20
 PROCESS_BYTES = 156 * MIB
 """A process that has imported torch and opened its files (measured)."""
+FLOAT8_BYTES = 39 * MIB
+"""What torch imports the first time that float8 is read with its scales: sympy, for any tensor subclass (measured)."""
 THREAD_BYTES = 20 * MIB
 """Tiles, Krylov basis and products of one thread, which have a budget of their own (measured)."""
 TENSOR_BYTES = 8 * 1024
@@ -51,6 +56,8 @@ def estimate(
     plan: HardeningPlan, config: LoxConfig, *, num_workers: int | None = None, processes: int = 1
 ) -> HardeningEstimate:
     """Estimate what a plan takes on this machine's CPU; its speed is measured for about a second.
+
+    The plan knows the aligned model's dtypes: of the base as many bytes are counted, whatever it is stored in.
 
     Args:
         plan: What will be done.
@@ -127,13 +134,14 @@ def _computing(plan: TensorPlan, svd: str) -> float:
     if not plan.edit:
         return 0.0
     count, rows, columns = matrix_shape(plan.shape)
-    writing = WRITING_PASSES * count * rows * columns
+    reading = FLOAT8_PASSES if _is_float8(plan) else 1.0
+    writing = WRITING_PASSES * reading * count * rows * columns
     if plan.r is None:
         return writing
     k, smaller = _rank(plan), min(rows, columns)
     if _is_exact(plan, svd):
         return writing + EXACT_PASSES * count * rows * columns * smaller
-    passes = (FEW_STEPS if k <= 8 else MANY_STEPS) * block_size(k) / 16
+    passes = reading * (FEW_STEPS if k <= 8 else MANY_STEPS) * block_size(k) / 16
     return writing + passes * count * (rows + STEP_ROWS) * columns
 
 
@@ -142,16 +150,20 @@ def _rank(plan: TensorPlan) -> int:
     return min(plan.r if isinstance(plan.r, int) else SHARE_RANK, smaller)
 
 
+def _is_float8(plan: TensorPlan) -> bool:
+    return plan.dtype.startswith("float8")
+
+
 def _is_exact(plan: TensorPlan, svd: str) -> bool:
-    """The rule of `core.lowrank.decompose`."""
-    smaller = min(matrix_shape(plan.shape)[1:])
-    return svd == "exact" or smaller <= SMALL_SIDE or 4 * block_size(_rank(plan)) > smaller
+    return not fits(matrix_shape(plan.shape)[1:], _rank(plan), svd)
 
 
 def _memory_bytes(plans: list[TensorPlan], svd: str, threads: int) -> int:
     """Anonymous memory of a process: its own, what each tensor is known by, and what each thread works in."""
-    at_work = max(_working_bytes(plan, svd) for plan in plans)
-    return PROCESS_BYTES + TENSOR_BYTES * len(plans) + threads * (THREAD_BYTES + at_work)
+    shapes = {plan.name: plan.shape for plan in plans}
+    at_work = max(_working_bytes(plan, svd) + _rounding_bytes(plan, shapes) for plan in plans)
+    process = PROCESS_BYTES + FLOAT8_BYTES * any(plan.edit and _is_float8(plan) for plan in plans)
+    return process + TENSOR_BYTES * len(plans) + threads * (THREAD_BYTES + at_work)
 
 
 def _working_bytes(plan: TensorPlan, svd: str) -> int:
@@ -163,6 +175,16 @@ def _working_bytes(plan: TensorPlan, svd: str) -> int:
     if _is_exact(plan, svd):
         return 32 * rows * columns
     return 48 * block_size(k) * columns + 28 * k * (rows + columns)
+
+
+def _rounding_bytes(plan: TensorPlan, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Rows in float32 and rounded to float8: whole blocks of one scale, of which the largest number decides."""
+    if not plan.edit or not _is_float8(plan):
+        return 0
+    _, rows, columns = matrix_shape(plan.shape)
+    grid = shapes.get(scale_name(plan.name, shapes), ())
+    blocks_down = grid[-2] if len(grid) == len(plan.shape) else 1  # no scales, or one of the whole tensor
+    return 5 * -(-rows // blocks_down) * columns
 
 
 def _probe(heaviest: TensorPlan, config: LoxConfig, threads: int) -> float:

@@ -16,15 +16,9 @@ from torch import Tensor
 from lox_hf.config import CONFIG_NAME, LoxConfig
 from lox_hf.core.geometry import coordinates
 from lox_hf.core.lowrank import LowRank
+from lox_hf.edit.batches import place_of
 from lox_hf.edit.model import each_tensor
-from lox_hf.edit.tensor import (
-    Directions,
-    FactorSource,
-    matrices,
-    matrix_names,
-    naming,
-    tensor_report,
-)
+from lox_hf.edit.tensor import Directions, FactorSource, matrices, matrix_names, naming, tensor_report
 from lox_hf.errors import CheckpointError, ConfigError, listing
 from lox_hf.hub_files import fetch_file, push_folder, resolve
 from lox_hf.inputs import ModelLike, Pair, make_report, open_pair
@@ -104,12 +98,14 @@ class SafetySubspace:
             The subspace, factors in float32 on the device of the aligned model.
 
         Raises:
-            ConfigError: If no base is named, or `r` is None.
+            ConfigError: If no base is named, or `r` is None, or this machine has no such device.
             PairingError: If the two models do not fit; all mismatches are listed.
             CheckpointError: If files are missing or damaged.
-            UnsupportedModelError: If weights are quantised or offloaded, or the base is spread over processes.
+            UnsupportedModelError: If weights are quantised or offloaded, on a device without float64 where `device`
+                names no other, or the base is spread over processes.
             NumericsError: If a matrix contains NaN or Inf; it is named.
         """
+        place = None if device is None else resolve_device(device)  # before anything is fetched
         pair = open_pair(
             aligned,
             base,
@@ -119,9 +115,7 @@ class SafetySubspace:
             trust_remote_code=trust_remote_code,
             allow_repeat=True,
         )
-        return cls.from_pair(
-            pair, device=None if device is None else resolve_device(device), progressbar=progressbar
-        )
+        return cls.from_pair(pair, device=place, progressbar=progressbar)
 
     @classmethod
     def from_pair(
@@ -140,7 +134,8 @@ class SafetySubspace:
         results: dict[str, list[_Found]] = {}
 
         def work(plan: TensorPlan, tensor: Tensor | SpreadMatrix, directions: Directions) -> None:
-            results[plan.name] = _find(plan, tensor, directions)
+            home = tensor.device if isinstance(tensor, SpreadMatrix) else place_of(source, plan.name)
+            results[plan.name] = _find(plan, tensor, directions, home)
 
         if isinstance(source, SpreadSource):
             in_turn(
@@ -276,7 +271,10 @@ class _Found:
     report: TensorReport
 
 
-def _find(plan: TensorPlan, aligned: Tensor | SpreadMatrix, source: Directions) -> list[_Found]:
+def _find(
+    plan: TensorPlan, aligned: Tensor | SpreadMatrix, source: Directions, home: torch.device
+) -> list[_Found]:
+    """Find the directions of a tensor's matrices where it is now, and keep them where it is at home."""
     results = []
     held = [aligned] if isinstance(aligned, SpreadMatrix) else matrices(aligned)
     for number, (name, matrix) in enumerate(zip(matrix_names(plan.name, plan.shape), held, strict=True)):
@@ -289,7 +287,7 @@ def _find(plan: TensorPlan, aligned: Tensor | SpreadMatrix, source: Directions) 
                 if isinstance(matrix, Tensor)
                 else matrix.coordinates(found.factors)
             )
-            at_base = at_aligned - torch.diag(found.factors.S.double().cpu())
+            at_base = at_aligned - torch.diag(found.singular_values.double())
         report = tensor_report(name, plan, found, time.perf_counter() - started)
-        results.append(_Found(found.factors, at_base, replace(report, alpha=0.0)))
+        results.append(_Found(found.factors.to(home), at_base, replace(report, alpha=0.0)))
     return results

@@ -58,9 +58,8 @@ class SubspaceFactors:
         k = stored.rank_for(plan.r, report.delta_norm**2)
         cut = stored.truncate(k)
         next_s = stored.S[k].item() if k < stored.rank else _next_s(report)
-        factors = LowRank(*(part.to(aligned.device) for part in (cut.U, cut.S, cut.Vh)))
         method = "subspace" if stored.rank else "zero"
-        return Decomposition(factors, report.delta_norm**2, next_s, report.residual, 0, method)
+        return Decomposition(cut.to(aligned.device), report.delta_norm**2, next_s, report.residual, 0, method)
 
     def _problems(self, plan: TensorPlan) -> list[str]:
         if plan.r is None:

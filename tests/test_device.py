@@ -4,18 +4,30 @@ import copy
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lox_hf import ConfigError, LoxConfig, NumericsError, apply_lox, edit_all, edit_batches, revert_lox, staging
+from lox_hf import (
+    ConfigError,
+    LoxConfig,
+    NumericsError,
+    SafetySubspace,
+    UnsupportedModelError,
+    apply_lox,
+    revert_lox,
+)
+from lox_hf.core.batched import batch_bytes
 from lox_hf.core.lanczos import Triplets
 from lox_hf.core.scaled import Blocks, ScaledTensor
+from lox_hf.edit import batches as edit_batches
+from lox_hf.edit import model as edit_model
 from lox_hf.edit.batches import find_in_batches
 from lox_hf.edit.model import each_tensor, edit_tensors
 from lox_hf.edit.tensor import BaseFactors, MatrixSink, edit_tensor, matrices
+from lox_hf.parallel import staging
 from lox_hf.parallel.device import CPU, in_batches, memory_budget, resolve_device
 from lox_hf.parallel.staging import Drain, Stage
 from lox_hf.records import TensorPlan, TensorReport
@@ -71,9 +83,20 @@ class Collect:
         self.copied.append(plan.name)
 
 
+def live_pair() -> tuple[nn.Sequential, nn.Sequential]:
+    """A base in memory and what alignment made of it."""
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(96, 96) for _ in range(4))).bfloat16()
+    aligned = copy.deepcopy(base)
+    for parameter in aligned.parameters():
+        if parameter.dim() > 1:
+            parameter.data += change(tuple(parameter.shape), torch.Generator().manual_seed(1)).bfloat16()
+    return base, aligned
+
+
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take `DEVICE` for an accelerator."""
-    monkeypatch.setattr(edit_all, "in_batches", lambda device: device == DEVICE)
+    monkeypatch.setattr(edit_model, "in_batches", lambda device: device == DEVICE)
 
 
 def open_both(
@@ -156,6 +179,26 @@ def test_batches_hold_what_the_budget_allows(
     assert methods["experts.up"] == ["lanczos"] * 3 and methods["small.weight"] == ["exact"]
     assert methods["layers.3.q.weight"] == ["zero"]
     assert sorted(sizes) == {1: [], 1_500_000: [1, 1, 1, 2, 2, 2], 2**30: [2, 3, 4]}[budget]
+
+
+@pytest.mark.parametrize(("device", "wanted"), [(CPU, [4]), (DEVICE, [1, 3])], ids=["there", "to be brought"])
+def test_what_is_on_the_device_takes_nothing_of_the_budget(
+    pair: tuple[dict[str, Tensor], dict[str, Tensor]],
+    device: torch.device,
+    wanted: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[int] = []
+    whole = edit_batches.batched_lanczos
+    monkeypatch.setattr(
+        edit_batches, "batched_lanczos", lambda *args, **kw: sizes.append(len(args[0])) or whole(*args, **kw)
+    )
+    plans, aligned, factors = open_both(pair)
+    alike = [plan for plan in plans if plan.shape == (128, 96)]
+    budget = 4 * batch_bytes((128, 96), 6)
+    for plan, tensor, found in find_in_batches(alike, aligned, factors, device=device, budget_bytes=budget):
+        assert found.find(plan, 0, tensor).method in ("lanczos", "zero")
+    assert sorted(sizes) == wanted
 
 
 def test_groups_come_one_after_the_other(
@@ -280,14 +323,34 @@ def test_each_tensor_where_it_is_or_on_a_device(
     assert [report.name for report in seen["experts.up"][1]] == [f"experts.up[{number}]" for number in range(3)]
 
 
+def test_threads_work_where_they_are_told(pair: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+    plans, aligned, factors = open_both(pair)
+    seen: dict[str, tuple[str, tuple[int, ...]]] = {}
+
+    def work(plan: TensorPlan, tensor: Tensor, _: object) -> None:
+        seen[plan.name] = tensor.device.type, tuple(tensor.shape)
+
+    edited = [plan for plan in plans if plan.edit]
+    each_tensor(work, edited, aligned, factors, device=torch.device("meta"), progressbar=False)
+    assert seen == {plan.name: ("meta", plan.shape) for plan in edited}
+
+
+def test_a_device_without_float64_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    base, aligned = (nn.Sequential(nn.Linear(96, 96)) for _ in range(2))
+    before = copy.deepcopy(aligned.state_dict())
+    subspace = SafetySubspace.from_models(aligned, base, LoxConfig(r=2))
+    monkeypatch.setattr(edit_model, "has_float64", lambda device: device != CPU)  # as on Apple's: none is at hand
+    with pytest.raises(UnsupportedModelError, match=r"Sequential.* is on cpu, which has no float64.*model\.to"):
+        apply_lox(aligned, LoxConfig(r=2), base_model=base)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in aligned.state_dict().items())
+    apply_lox(aligned, base_model=subspace)  # nothing is decomposed
+    assert not torch.equal(aligned[0].weight, before["0.weight"])
+
+
 @pytest.mark.parametrize("r", [6, 0.5, None])
 def test_a_live_model_is_hardened_where_it_is_and_back(r: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    base = nn.Sequential(*(nn.Linear(96, 96) for _ in range(4))).bfloat16()
-    aligned = copy.deepcopy(base)
-    for parameter in aligned.parameters():
-        if parameter.dim() > 1:
-            parameter.data += change(tuple(parameter.shape), torch.Generator().manual_seed(1)).bfloat16()
+    base, aligned = live_pair()
     before, one_by_one, config = copy.deepcopy(aligned.state_dict()), copy.deepcopy(aligned), LoxConfig(r=r)
     apply_lox(one_by_one, config, base_model=base)
     batches: list[int] = []
@@ -295,7 +358,7 @@ def test_a_live_model_is_hardened_where_it_is_and_back(r: float | None, monkeypa
     monkeypatch.setattr(
         edit_batches, "batched_lanczos", lambda *args, **kw: batches.append(len(args[0])) or whole(*args, **kw)
     )
-    monkeypatch.setattr(edit_all, "in_batches", lambda device: device == CPU)
+    monkeypatch.setattr(edit_model, "in_batches", lambda device: device == CPU)
     apply_lox(aligned, config, base_model=base)
     assert batches == ([4] if r == 6 else [])
     for name, tensor in one_by_one.state_dict().items():
@@ -319,6 +382,15 @@ def test_staged_copies_are_equal(
         assert torch.equal(there.float(), source.float()) and not there.requires_grad
     stage.take_over(stage.ready(), [there])
     assert Stage(CPU).bring(tensor) is tensor
+
+
+def test_buffers_are_on_the_host_whatever_the_default_is() -> None:
+    tensor, out = torch.randn(30, 10), torch.empty(30, 10)
+    with torch.device("meta"):
+        there = Stage(DEVICE).bring(tensor)
+        with Drain(DEVICE) as drain:
+            drain.rows(slice(0, 30), there, lambda part, rows: out[part].copy_(rows))
+    assert torch.equal(there, tensor) and torch.equal(out, tensor)
 
 
 @pytest.mark.parametrize("shape", [(64, 40), (3, 64, 40)])
@@ -407,6 +479,25 @@ def test_several_processes_take_one_each(monkeypatch: pytest.MonkeyPatch) -> Non
         resolve_device("mps")
 
 
+@pytest.mark.usefixtures("two_accelerators")
+@pytest.mark.parametrize(("processes", "gib"), [(None, 4), (1, 4), (2, 4), (3, 2), (4, 2), (8, 1)])
+def test_processes_on_one_device_share_its_memory(
+    processes: int | None, gib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * 2**30)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert memory_budget(torch.device("cuda", 1)) == gib * 2**30
+
+
+def test_the_command_takes_a_device(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, errors = run("subspace", "nowhere", "--base-model", "nowhere-else", "--device", "cuda:99")
+    assert code != 0 and "no device 'cuda:99'" in errors  # before any model is looked for
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
 @pytest.mark.parametrize("base_there", [False, True])
@@ -428,3 +519,55 @@ def test_on_an_accelerator(
     )
     for name, tensor in wanted.out.items():
         assert (tensor != found.out[name]).sum() <= 1e-3 * tensor.numel(), name
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """What training sets for speed: products of float32 round at the third digit."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("budget", [1, 1_500_000, 2**30])
+@pytest.mark.parametrize("r", [6, 0.5, None])
+def test_a_live_model_on_an_accelerator_and_back(
+    r: float | None, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edit_batches, "memory_budget", lambda _: budget)
+    base, aligned = live_pair()
+    wanted = apply_lox(copy.deepcopy(aligned), LoxConfig(r=r), base_model=base).state_dict()
+    there = apply_lox(copy.deepcopy(aligned).to(resolve_device()), LoxConfig(r=r), base_model=base)
+    for name, tensor in there.state_dict().items():
+        assert (tensor.cpu() != wanted[name]).sum() <= 1e-3 * tensor.numel(), name
+    assert not torch.equal(wanted["0.weight"], aligned.state_dict()["0.weight"])  # control
+    revert_lox(there)
+    for name, tensor in there.state_dict().items():
+        assert torch.equal(tensor.cpu(), aligned.state_dict()[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("budget", [1, 1_500_000, 2**30])
+@pytest.mark.parametrize("model_there", [False, True])
+@pytest.mark.parametrize("device", ["auto", "cpu", None])
+def test_a_subspace_is_found_on_a_device_and_lies_with_the_model(
+    device: str | None, model_there: bool, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edit_batches, "memory_budget", lambda _: budget)
+    base, aligned = live_pair()
+    wanted = SafetySubspace.from_models(aligned, base, CONFIG)
+    home = resolve_device() if model_there else CPU
+    found = SafetySubspace.from_models(aligned.to(home), base, CONFIG, device=device, progressbar=False)
+    assert found.factors.keys() == wanted.factors.keys()
+    for name, factors in found.factors.items():
+        assert {part.device for part in (factors.U, factors.S, factors.Vh)} == {home}
+        one, other = factors.to(CPU), wanted.factors[name]
+        assert torch.allclose(one.S, other.S, rtol=1e-5)
+        assert (one.dense() - other.dense()).norm() < 1e-3 * other.S.norm()
+        assert torch.allclose(found.base_coordinates[name].diag(), wanted.base_coordinates[name].diag(), atol=1e-3)

@@ -21,12 +21,13 @@ from lox_hf.cli.plan_table import estimate_table, fold, plan_table
 from lox_hf.cli.words import duration
 from lox_hf.edit.tensor import BaseFactors, edit_tensor
 from lox_hf.errors import AlreadyHardenedError, CheckpointError, UnsupportedModelError
-from lox_hf.estimate import cost, estimate, longest_share, size_bytes
+from lox_hf.estimate import FLOAT8_BYTES, cost, estimate, longest_share, size_bytes
 from lox_hf.records import HardeningEstimate, ModelReference, TensorPlan
 from lox_hf.weights.planned import has_no_weights
 from lox_hf.weights.source import DictSource
 from test_bad_input import contents
 from test_cli import Run
+from test_scaled import COMPRESSED, E4M3, draw, save
 
 DEEPSEEK_V3_PARAMETERS = 671_026_419_200
 """As on the model's card (671 B), without the layer for several tokens at once, which transformers leaves out."""
@@ -146,6 +147,7 @@ def test_cost_grows_with_what_is_done() -> None:
     assert cost(edited(0, 4, edit=False)) == 0
     assert cost(TensorPlan("scale", (), "float32", None, 0.0, False, "fewer than two dims")) > 0
     assert size_bytes(edited(8, 8, dtype="F4")) == 64
+    assert 1.5 * cost(few) < cost(replace(few, dtype="float8_e4m3fn")) < 1.7 * cost(few)  # turned into float32
 
 
 def test_the_heaviest_tensor_bounds_the_time() -> None:
@@ -211,11 +213,45 @@ print(highest)
 """
 
 
+def assert_memory_is_as_estimated(folder: Path) -> None:
+    """Harden the folder's pair and compare the highest memory with the estimate."""
+    child = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, check=True, cwd=folder)
+    config = LoxConfig(str(folder / "base"))
+    found = estimate(plan_hardening(folder / "aligned", config), config, num_workers=1).memory_bytes
+    assert int(child.stdout) * 0.8 < found < int(child.stdout) * 1.35
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 def test_the_memory_is_that_of_the_run(here: Path) -> None:
-    child = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, check=True)
-    found = estimate(plan_hardening("aligned", LoxConfig("base")), LoxConfig("base"), num_workers=1).memory_bytes
-    assert int(child.stdout) * 0.8 < found < int(child.stdout) * 1.35
+    assert_memory_is_as_estimated(here)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
+def test_a_scale_of_the_whole_tensor_holds_all_its_rows(tmp_path: Path) -> None:
+    """Each is rounded by the largest number of all, which is known at the end: 64 MiB here."""
+    base = draw(4096, 4096)
+    change = draw(4096, 4, seed=1) @ draw(4, 4096, seed=2)
+    for side, weight in (("base", base), ("aligned", base + 0.3 * change)):
+        tensors = {"a.weight": (weight / 0.02).clamp(-448, 448).to(E4M3), "a.weight_scale": torch.full((1,), 0.02)}
+        save(tmp_path / side, tensors, COMPRESSED)
+    assert_memory_is_as_estimated(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("grid", "rows"), [((1,), 4096), ((32, 64), 128), ((4096, 1), 1), (None, 4096)], ids=["one", "blocks", "rows", "0"]
+)
+def test_memory_of_float8_is_that_of_its_blocks(grid: tuple[int, ...] | None, rows: int) -> None:
+    weight = edited(4096, 8192, dtype="float8_e4m3fn")
+    scales = [] if grid is None else [TensorPlan("a.weight_scale", grid, "float32", None, 0.0, False, "scale of it")]
+    scaled, full = (
+        estimate(
+            HardeningPlan(ModelReference("a"), ModelReference("b"), "config", (tensor, *scales), 1),
+            LoxConfig(),
+            num_workers=2,
+        )
+        for tensor in (weight, replace(weight, dtype="bfloat16"))
+    )
+    assert scaled.memory_bytes - full.memory_bytes == FLOAT8_BYTES + 2 * 5 * rows * 8192
 
 
 def test_a_dry_run_says_what_it_takes(here: Path, run: Run) -> None:
@@ -229,10 +265,25 @@ def test_a_dry_run_says_what_it_takes(here: Path, run: Run) -> None:
     assert plan_hardening("aligned", LoxConfig("base")).estimate is None  # nobody has asked
 
 
+def test_a_dry_run_says_what_would_keep_the_run_from_working(here: Path, run: Run) -> None:
+    """What is wrong with the output is said below the plan, which is right all the same."""
+    words = ("harden", "aligned", "--base-model", "base", "--dry-run")
+    before = contents(here)
+    for output, why in (("aligned", "is an input"), ("base/out", "lies inside one"), ("bare", "exists")):
+        code, out, err = run(*words, "--output", output)
+        assert code == 2 and "Nothing was written" in out and "to read" in out and why in err
+    code, out, err = run(*words, "--device", "cuda:99")
+    assert (code, out) == (2, "") and "cuda:99" in err
+    code, _, err = run("harden", "bare", "--dry-run", "--output", "aligned")  # nothing can be written from it anyway
+    assert (code, err) == (0, "")
+    assert run(*words, "--output", "new")[0] == 0 and contents(here) == before  # control
+
+
 def test_what_goes_to_the_hub_needs_no_disk() -> None:
     found = HardeningEstimate(3 * 10**9, 2 * 10**9, 2**28, threads=4, processes=1, work_s=100.0)
     plan = HardeningPlan(ModelReference("a"), ModelReference("b"), "config", (edited(64, 64),), 2 * 10**9)
     assert "disk         2.000 GB free" in estimate_table(plan, found)
+    assert "to read      3.000 GB (if the base is stored in the aligned model's dtypes)" in estimate_table(plan, found)
     assert "disk         two of the largest shard" in estimate_table(plan, found, to_hub=True)
     assert "2 min on 1 process of 4 threads" in estimate_table(plan, found)
     assert "disk's time  5.0 s at 1 GB/s" in estimate_table(plan, found) and "note" not in estimate_table(plan, found)
@@ -269,17 +320,28 @@ def test_folding_keeps_apart_what_is_not_alike() -> None:
     tensors[7] = replace(tensors[7], alpha=0.5)
     tensors.append(edited(64, 32, name="model.0"))
     groups = fold(tuple(tensors))
-    assert list(groups) == [
+    assert [pattern for pattern, _ in groups] == [
         "model.layers.{0..2,5}.mlp.experts.{0..299}.w1",
         "model.layers.0.mlp.experts.7.w1",
         "model.0",
     ]
-    assert sum(map(len, groups.values())) == len(tensors)
+    assert sum(len(group) for _, group in groups) == len(tensors)
     plan = HardeningPlan(ModelReference("a"), None, "config", tuple(tensors), 1)
     text = plan_table(plan)
     assert "(64, 32) x 1199" in text and "r 6, alpha 0.5" in text and "Folded: 1201 tensors in 3 lines" in text
     few = plan_table(replace(plan, tensors=tuple(tensors[:1000])))
     assert "Folded" not in few and names[999] in few
+
+
+def test_folding_loses_nothing_where_two_groups_have_one_pattern() -> None:
+    """As in a chess board: each group has both numbers at both places."""
+    tensors = [
+        edited(64, 32, name=f"layers.{layer}.experts.{expert}.w1", alpha=1.0 + (layer + expert) % 2)
+        for layer in (0, 1)
+        for expert in (0, 1)
+    ]
+    groups = fold(tuple(tensors))
+    assert [(pattern, len(group)) for pattern, group in groups] == [("layers.{0..1}.experts.{0..1}.w1", 2)] * 2
 
 
 @pytest.mark.parametrize(

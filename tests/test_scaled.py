@@ -17,6 +17,8 @@ from lox_hf import LoxConfig, NumericsError, UnsupportedModelError, harden_check
 from lox_hf.core.scaled import Blocks, round_rows
 from lox_hf.weights.scaled import ScaledSource, coarse_steps, with_scales
 from lox_hf.weights.source import CheckpointSource
+from test_faults import results
+from test_many_processes import start
 from zoo import read_checkpoint, save_pair
 
 E4M3 = torch.float8_e4m3fn
@@ -241,6 +243,21 @@ def test_scales_in_another_file(pair: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="have their scales in another"):
         source.within(source.shards[:1])
     assert isinstance(source.within(source.shards), ScaledSource)  # control
+
+
+@pytest.mark.distributed
+def test_scales_in_another_process_s_share(pair: Path, tmp_path: Path) -> None:
+    """A weight and its scales lie in two files, one of which the other process may be at work on."""
+    (tmp_path / "pair").mkdir()
+    for side in ("aligned", "base"):
+        write(tmp_path / "pair" / side, read_checkpoint(pair / side), FP8, pair / side, shards=2)
+    harden_checkpoint(tmp_path / "pair" / "aligned", tmp_path / "alone", LoxConfig(str(tmp_path / "pair" / "base")))
+    processes = start("plain", tmp_path / "pair", tmp_path / "together")
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert results(tmp_path / "together") == results(tmp_path / "alone")
+    before, after = (read_checkpoint(folder) for folder in (tmp_path / "pair" / "aligned", tmp_path / "alone"))
+    assert any(not after[name].equal(before[name]) for name in before if name.endswith("_scale_inv"))  # control
 
 
 def save(folder: Path, tensors: Tensors, scheme: dict[str, Any] | None = None) -> Path:

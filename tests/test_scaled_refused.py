@@ -15,6 +15,16 @@ REFUSED = {
     "fp4 experts": (FP8 | {"expert_dtype": "fp4"}, {}, r"quantised \(fp8 fp4\)"),
     "packed": (COMPRESSED | {"format": "pack-quantized"}, {}, r"quantised \(compressed-tensors pack-quantized\)"),
     "sparse": (COMPRESSED | {"sparsity_config": {"format": "sparse-24-bitmask"}}, {}, "compressed-tensors"),
+    "asymmetric": (
+        COMPRESSED | {"config_groups": {"group_0": {"weights": {"type": "float", "num_bits": 8, "symmetric": False}}}},
+        {"a.weight_scale": torch.ones(32, 1)},
+        r"quantised \(compressed-tensors float-quantized asymmetric\)",
+    ),
+    "zero points": (
+        COMPRESSED,
+        {"a.weight_scale": torch.ones(32, 1), "a.weight_zero_point": FLOAT8[:, :1].contiguous()},
+        r"^1 float8 .*a\.weight: it has zero points",
+    ),
     "no scales": (FP8, {}, r"a\.weight: it has no scales"),
     "bytes as scales": (
         FP8,
@@ -25,6 +35,11 @@ REFUSED = {
         FP8,
         {"a.weight_scale_inv": torch.ones(3, 2)},
         r"a\.weight: scales of shape \(3, 2\) do not fit the weight's \(32, 32\)",
+    ),
+    "a row of scales": (
+        COMPRESSED,
+        {"a.weight_scale": torch.ones(32)},
+        r"a\.weight: scales of shape \(32,\) do not fit the weight's \(32, 32\)",
     ),
 }
 

@@ -76,10 +76,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _show_plan(options: argparse.Namespace, config: "LoxConfig", ranks: "Ranks") -> None:
-    """Print the plan with what it takes."""
+    """Print the plan with what it takes, and end in the error that doing it would meet at its output."""
     from lox_hf.estimate import estimate
+    from lox_hf.parallel.device import resolve_device
 
     plan_it, _, output = _route(options, config, ranks)
+    resolve_device(options.device)
     plan = plan_it()
     if plan.base is not None:  # an adapter's factors take no time
         ranks.gather(None)  # all at once, so that they slow each other as they will in the work
@@ -89,7 +91,17 @@ def _show_plan(options: argparse.Namespace, config: "LoxConfig", ranks: "Ranks")
     parts = [describe(options, config, plan, output), plan_table(plan)]
     if plan.estimate is not None:
         parts.append(estimate_table(plan, plan.estimate, to_hub=bool(options.push_to)))
-    print(plan.to_json() if options.json else "\n\n".join(parts))
+    print(plan.to_json() if options.json else "\n\n".join(parts), flush=True)
+    if isinstance(output, Path) and not plan.is_from_config:
+        _check_output(output, plan)
+
+
+def _check_output(output: Path, plan: "HardeningPlan") -> None:
+    """Refuse an output that could not be written."""
+    from lox_hf.weights.writer import FolderWriter
+
+    sides = [Path(side.name_or_path).expanduser() for side in (plan.aligned, plan.base) if side is not None]
+    FolderWriter(output).check(plan.total_bytes, [side for side in sides if side.is_dir()])
 
 
 def _harden(options: argparse.Namespace, config: "LoxConfig", ranks: "Ranks") -> None:

@@ -23,12 +23,12 @@ def plan_table(plan: "HardeningPlan") -> str:
         The text.
     """
     folded = len(plan.tensors) > LONG
-    groups = fold(plan.tensors) if folded else {tensor.name: [tensor] for tensor in plan.tensors}
-    shapes = {name: f"{of[0].shape}{f' x {len(of)}' if folded else ''}" for name, of in groups.items()}
-    width, shape_width = max(map(len, groups)), max(16, *map(len, shapes.values()))
+    groups = fold(plan.tensors) if folded else [(tensor.name, [tensor]) for tensor in plan.tensors]
+    shapes = [f"{of[0].shape}{f' x {len(of)}' if folded else ''}" for _, of in groups]
+    width, shape_width = max(len(name) for name, _ in groups), max(16, *map(len, shapes))
     rows = [
-        f"{name:<{width}}  {shapes[name]:<{shape_width}}  {of[0].dtype:<9}  {_action(of[0])}"
-        for name, of in groups.items()
+        f"{name:<{width}}  {shape:<{shape_width}}  {of[0].dtype:<9}  {_action(of[0])}"
+        for (name, of), shape in zip(groups, shapes, strict=True)
     ]
     edited = len(plan.edited)
     rows.append(
@@ -42,21 +42,22 @@ def plan_table(plan: "HardeningPlan") -> str:
     return "\n".join(rows)
 
 
-def fold(tensors: "tuple[TensorPlan, ...]") -> "dict[str, list[TensorPlan]]":
+def fold(tensors: "tuple[TensorPlan, ...]") -> "list[tuple[str, list[TensorPlan]]]":
     """Put tensors together that differ in the numbers of their names alone.
 
     Args:
         tensors: Plans of all tensors.
 
     Returns:
-        Tensors by pattern, in the order of the first of each. A pattern names the numbers that occur at each place,
-        such as `model.layers.{0..60}.mlp.gate_proj.weight`.
+        Pattern and tensors of each group, in the order of the first of each. A pattern names the numbers that occur
+        at each place, such as `model.layers.{0..60}.mlp.gate_proj.weight`; groups of other shapes or settings may
+        have the same one.
     """
     alike: defaultdict[tuple[object, ...], list[TensorPlan]] = defaultdict(list)
     for tensor in tensors:
         words = tuple("{}" if word.isdigit() else word for word in tensor.name.split("."))
         alike[words, tensor.shape, tensor.dtype, _action(tensor)].append(tensor)
-    return {_pattern([tensor.name.split(".") for tensor in group]): group for group in alike.values()}
+    return [(_pattern([tensor.name.split(".") for tensor in group]), group) for group in alike.values()]
 
 
 def estimate_table(plan: "HardeningPlan", estimate: "HardeningEstimate", *, to_hub: bool = False) -> str:
@@ -74,7 +75,7 @@ def estimate_table(plan: "HardeningPlan", estimate: "HardeningEstimate", *, to_h
     disk = "two of the largest shard" if to_hub else f"{estimate.write_bytes / 1e9:.3f} GB free"
     floor_s = (estimate.read_bytes + estimate.write_bytes) / 1e9
     rows = {
-        "to read": f"{estimate.read_bytes / 1e9:.3f} GB",
+        "to read": f"{estimate.read_bytes / 1e9:.3f} GB (if the base is stored in the aligned model's dtypes)",
         "to write": f"{estimate.write_bytes / 1e9:.3f} GB",
         "disk": disk,
         "memory": f"{estimate.memory_bytes / 2**20:.0f} MiB a process (mapped files come on top as they fit)",

@@ -4,7 +4,13 @@ import argparse
 from pathlib import Path
 
 from lox_hf.cli.config_file import merge_file
-from lox_hf.cli.options import add_config_options, add_input_options, default_output, make_config
+from lox_hf.cli.options import (
+    add_config_options,
+    add_device_option,
+    add_input_options,
+    default_output,
+    make_config,
+)
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -15,6 +21,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Save U, S, Vh of the change alignment made to every matrix as one safetensors artefact.",
     )
     add_input_options(parser)
+    add_device_option(parser)
     add_config_options(parser)
     parser.set_defaults(func=run)
 
@@ -33,6 +40,7 @@ def run(options: argparse.Namespace) -> None:
         config=config,
         revision=options.model_revision,
         trust_remote_code=bool(options.trust_remote_code),
+        device=options.device or "auto",
         progressbar=False if options.json else None,
     )
     subspace.save_pretrained(output)

@@ -8,12 +8,12 @@ does not fit that (a spectrum that spans too many orders, slow convergence, NaN)
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from lox_hf.core.lanczos import DIRECTION_TOLERANCE, DYNAMIC_RANGE, Triplets, block_size
-from lox_hf.core.lowrank import SMALL_SIDE
 from lox_hf.core.precision import exact_products
 
 MAX_STEPS = 40
@@ -28,22 +28,10 @@ FILL = 1e-8
 """Share of random rows that is added to a new block, so that it has full rank where the change has not."""
 
 
-def fits(shape: tuple[int, int], k: int, svd: str) -> bool:
-    """Whether matrices are decomposed by block Lanczos, the rule of `lowrank.decompose`.
-
-    Args:
-        shape: (m, n).
-        k: Number of directions.
-        svd: "auto" or "exact".
-
-    Returns:
-        False where LAPACK takes them.
-    """
-    return svd != "exact" and min(shape) > SMALL_SIDE and 4 * block_size(k) <= min(shape)
-
-
 def batch_bytes(shape: tuple[int, int], k: int) -> int:
-    """Memory that one matrix takes in a batch: dW, half of it again where a batch is cut, bases and blocks.
+    """Memory that one matrix takes in a batch: dW twice, bases and blocks.
+
+    The stack of dW is held to the end, and the halves that are cut from it as matrices are finished add up to as much.
 
     Args:
         shape: (m, n).
@@ -52,7 +40,7 @@ def batch_bytes(shape: tuple[int, int], k: int) -> int:
     Returns:
         Bytes.
     """
-    return 6 * math.prod(shape) + sum(shape) * block_size(k) * (8 * BASIS_BLOCKS + 64)
+    return 8 * math.prod(shape) + sum(shape) * block_size(k) * (8 * BASIS_BLOCKS + 64)
 
 
 @torch.no_grad()
@@ -61,7 +49,7 @@ def batched_lanczos(deltas: Tensor, k: int, *, tol: float = 1e-4, seed: int = 0)
 
     Args:
         deltas: dW of every matrix, (count, m, n) float32.
-        k: Number of directions; `fits` tells whether the shape allows it.
+        k: Number of directions; `lowrank.fits` tells whether the shape allows it.
         tol: Stop when the residual (see `Triplets`) is below this, and that of each direction below ten times this.
         seed: Seed of the random start block, the same for all.
 
@@ -74,8 +62,8 @@ def batched_lanczos(deltas: Tensor, k: int, *, tol: float = 1e-4, seed: int = 0)
         >>> [len(triplets.s) for triplets in found]
         [2, 2, 2]
     """
-    with exact_products():
-        return _Batch(deltas, k, seed).run(tol)
+    with exact_products(), _Eigensolver() as eigen:
+        return _Batch(deltas, k, seed, eigen).run(tol)
 
 
 @dataclass(frozen=True)
@@ -95,15 +83,16 @@ class _Batch:
     `numbers` says which matrices are held, `active` which of those held are not finished; the others ride along.
     """
 
-    def __init__(self, deltas: Tensor, k: int, seed: int) -> None:
+    def __init__(self, deltas: Tensor, k: int, seed: int, eigen: "_Eigensolver") -> None:
         count, rows, columns = deltas.shape
-        self.deltas, self.k, self.block = deltas, k, block_size(k)
+        self.deltas, self.k, self.block, self.eigen = deltas, k, block_size(k), eigen
         self.capacity = min(BASIS_BLOCKS, columns // self.block) * self.block
         self.basis = deltas.new_empty((count, self.capacity, columns))
         self.left = deltas.new_empty((count, self.capacity, rows))
         self.projected = deltas.new_zeros((count, self.capacity, self.capacity), dtype=torch.float64)
         generator = torch.Generator().manual_seed(seed)
-        start, fill = torch.randn((2, self.block, columns), generator=generator).to(deltas.device)
+        drawn = torch.randn((2, self.block, columns), generator=generator, device="cpu", dtype=torch.float32)
+        start, fill = drawn.to(deltas.device)
         self.basis[:, : self.block] = orthonormal_blocks(start[None], rounds=2)[0].float()
         self.fill = FILL * fill.double() / math.sqrt(fill.numel())
         self.size = self.block
@@ -148,7 +137,10 @@ class _Batch:
         finite = host.isfinite().all(dim=2).all(dim=1).tolist()
         self.active = [place for place in self.active if finite[place]]  # what overflows is left to be refused by name
         host = host[self.active]
-        values, vectors = _eigen(host[:, : self.size])
+        values, vectors = self.eigen.pairs(host[:, : self.size])
+        solved = values.isfinite().all(dim=1)
+        self.active = [place for place, good in zip(self.active, solved.tolist(), strict=True) if good]
+        host, values, vectors = host[solved], values[solved], vectors[solved]
         top, newest = values[:, : self.k], vectors[:, -self.block :, : self.k]
         within = top >= DYNAMIC_RANGE**2 * top[:, :1]
         leaks = (newest * (host[:, self.size :, : self.block] @ newest)).sum(dim=1).clamp_min(0) * within
@@ -165,7 +157,10 @@ class _Batch:
             return
         places = self._on_device([self.active[item] for item in done])
         parts = self._triplets(ritz.vectors[done][:, :, : self.k], places, remainder.index_select(0, places))
-        for item, u, s, vh in zip(done, *parts, strict=True):
+        solved = parts[1].isfinite().all(dim=1).tolist()
+        for item, good, u, s, vh in zip(done, solved, *parts, strict=True):
+            if not good:
+                continue
             number = self.numbers[self.active[item]]
             next_s = ritz.values[item, self.k].sqrt().item()
             residual = ritz.residual[item].item()
@@ -183,7 +178,7 @@ class _Batch:
         product.baddbmm_(vectors[:, -self.block :].mT.float(), remainder)
         q, inverse = orthonormal_blocks(image, rounds=2)
         rows = torch.bmm(inverse, product.double())
-        values, turn = (part.to(rows.device) for part in _eigen(torch.bmm(rows, rows.mT).cpu()))
+        values, turn = (part.to(rows.device) for part in self.eigen.pairs(torch.bmm(rows, rows.mT).cpu()))
         s = values.sqrt()
         vh = torch.bmm(turn.mT, rows) / s[:, :, None]
         return torch.bmm(q.mT, turn).float(), s.float(), vh.float()
@@ -265,11 +260,33 @@ def orthonormal_blocks(blocks: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
     return work, total
 
 
-def _eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenpairs, largest first and none negative, on the CPU: LAPACK takes one at a time, hence a share a thread."""
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        solved = list(pool.map(torch.linalg.eigh, matrices.chunk(threads)))
-    torch.set_num_threads(threads)
-    values, vectors = (torch.cat(parts) for parts in zip(*solved, strict=True))
-    return values.flip(1).clamp_min(0), vectors.flip(2)
+class _Eigensolver:
+    """The small problems, on the CPU: LAPACK takes one at a time, hence a share a thread, for as long as the block."""
+
+    def __init__(self) -> None:
+        self._threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        torch.set_num_threads(self._threads)  # threads that begin later take the number that was set last, by any
+
+    def pairs(self, matrices: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenpairs, largest first and none negative; NaN where LAPACK does not converge."""
+        solved = list(self._pool.map(_eigh, matrices.chunk(self._threads)))
+        values, vectors = (torch.cat(parts) for parts in zip(*solved, strict=True))
+        return values.flip(1).clamp_min(0), vectors.flip(2)
+
+
+def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenpairs, ascending; where one of several fails each is taken alone, so that it harms nobody."""
+    try:
+        return torch.linalg.eigh(matrices)
+    except torch.linalg.LinAlgError:
+        if len(matrices) == 1:
+            return matrices.new_full(matrices.shape[:2], math.nan), torch.full_like(matrices, math.nan)
+        values, vectors = zip(*map(_eigh, matrices.split(1)), strict=True)
+        return torch.cat(values), torch.cat(vectors)

@@ -38,8 +38,8 @@ def combine(parts: Sequence[tuple[Tensor, float]], out: Tensor, directions: LowR
     read = [(matrix, coefficient) for matrix, coefficient in parts if coefficient != 0]
     device, added = out.device, None
     if directions is not None and directions.rank:
-        added = LowRankPart(LowRank(*(part.to(device) for part in (directions.U, directions.S, directions.Vh))), 1.0)
-    for part in tile_slices(*out.shape):
+        added = LowRankPart(directions.to(device), 1.0)
+    for part in tile_slices(*out.shape, device=device):
         tile = scratch("sum", out[part].shape, torch.float32, device)
         if not read:
             tile.zero_()

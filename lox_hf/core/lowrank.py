@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,6 +61,10 @@ class LowRank:
         """Return the top k of the directions; all of them when there are no more than k."""
         return LowRank(self.U[:, :k], self.S[:k], self.Vh[:k])
 
+    def to(self, device: torch.device) -> "LowRank":
+        """Return the same directions on a device."""
+        return LowRank(self.U.to(device), self.S.to(device), self.Vh.to(device))
+
     def dense(self) -> Tensor:
         """Return U S Vh, float32 (m, n)."""
         return (self.U * self.S) @ self.Vh
@@ -85,23 +90,43 @@ class Decomposition:
     steps: int
     method: str
 
+    @cached_property
+    def singular_values(self) -> Tensor:
+        """S on the host, which waits for a device once for all that is asked of it."""
+        return self.factors.S.cpu()
+
     @property
     def energy_share(self) -> float:
         """sum_i s_i^2 / ||dW||_F^2, in [0, 1]; NaN where dW is zero."""
-        return min(1.0, self.factors.S.double().square().sum().item() / self.energy) if self.energy > 0 else math.nan
+        kept = self.singular_values.double().square().sum().item()
+        return min(1.0, kept / self.energy) if self.energy > 0 else math.nan
 
     @property
     def gap(self) -> float:
         """(s_k - s_(k+1)) / s_1: how clearly the cut at k is defined; NaN where dW is zero."""
-        if self.factors.rank == 0:
-            return math.nan
-        return (self.factors.S[-1].item() - self.next_s) / self.factors.S[0].item()
+        s = self.singular_values.tolist()
+        return (s[-1] - self.next_s) / s[0] if s else math.nan
 
     @property
     def projector_bound(self) -> float:
         """Upper estimate of ||Proj_k - exact Proj_k||: residual ||S_k||_F / (s_k - s_(k+1)) (Wedin)."""
-        distance = self.gap * self.factors.S[0].item() if self.factors.rank else math.inf
-        return self.residual * self.factors.S.norm().item() / distance if distance > 0 else math.inf
+        s = self.singular_values
+        distance = self.gap * s[0].item() if len(s) else math.inf
+        return self.residual * s.norm().item() / distance if distance > 0 else math.inf
+
+
+def fits(shape: tuple[int, ...], k: int, svd: str) -> bool:
+    """Whether a matrix is decomposed by block Lanczos: it saves nothing on small ones, and where k is large.
+
+    Args:
+        shape: (m, n).
+        k: Number of directions.
+        svd: "auto" or "exact".
+
+    Returns:
+        False where LAPACK takes it.
+    """
+    return svd != "exact" and min(shape) > SMALL_SIDE and 4 * block_size(k) <= min(shape)
 
 
 def decompose(delta: Delta, r: int | float, *, svd: str = "auto", tol: float = 1e-4, seed: int = 0) -> Decomposition:
@@ -132,7 +157,7 @@ def decompose(delta: Delta, r: int | float, *, svd: str = "auto", tol: float = 1
     if isinstance(r, float):
         return _by_energy(delta, r, svd=svd, tol=tol, seed=seed)
     k = min(r, *delta.whole_shape)
-    if svd == "exact" or min(delta.whole_shape) <= SMALL_SIDE or 4 * block_size(k) > min(delta.whole_shape):
+    if not fits(delta.whole_shape, k, svd):
         return exact(delta, k)
     return _iterative(delta, k, tol=tol, seed=seed) or exact(delta, k)
 

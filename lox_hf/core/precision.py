@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from lox_hf.core.buffers import free_scratch
+
 _BACKENDS: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
 
 
@@ -26,6 +28,23 @@ def exact_products() -> Iterator[None]:
         stack.callback(_set, before)
         _set(["ieee"] * len(before) if _by_backend() else ["highest"])
         yield
+
+
+@contextmanager
+def working_on(device: torch.device) -> Iterator[None]:
+    """Work on a device: products of float32 in float32, no record for gradients, and no buffer left there.
+
+    Args:
+        device: The device.
+
+    Yields:
+        Nothing.
+    """
+    with torch.no_grad(), exact_products():
+        try:
+            yield
+        finally:
+            free_scratch(device)
 
 
 def _by_backend() -> bool:

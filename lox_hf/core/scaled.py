@@ -56,9 +56,9 @@ class Blocks:
     def largest(self, rows: Tensor) -> Tensor:
         """Return the largest magnitude in each block of rows that begin with a block: (blocks down, blocks across)."""
         full, rest = divmod(len(rows), self.height)
-        down = rows[: full * self.height].abs().unflatten(0, (full, self.height)).amax(1)
+        down = _largest_down(rows[: full * self.height].unflatten(0, (full, self.height)))
         if rest:
-            down = torch.cat([down, rows[-rest:].abs().amax(0, keepdim=True)])
+            down = torch.cat([down, _largest_down(rows[None, -rest:])])
         return pad(down, (0, -rows.shape[1] % self.width)).unflatten(1, (-1, self.width)).amax(2)
 
     def of_rows(self, scales: Tensor, rows: Tensor) -> Tensor:
@@ -75,6 +75,11 @@ class Blocks:
         yield rows[:, : full * self.width].unflatten(1, (full, self.width)), scales[:, :full, None]
         if rest:
             yield rows[:, full * self.width :], scales[:, full:]
+
+
+def _largest_down(blocks: Tensor) -> Tensor:
+    """Largest magnitude in each column of each block; not by `abs`, which would copy all of them."""
+    return torch.maximum(blocks.amax(1), blocks.amin(1).neg_())
 
 
 class ScaledTensor(Tensor):

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lox_hf.core.batched import batch_bytes, batched_lanczos, fits
+from lox_hf.core.batched import batch_bytes, batched_lanczos
 from lox_hf.core.delta import Delta
 from lox_hf.core.lanczos import Triplets
-from lox_hf.core.lowrank import Decomposition, LowRank
+from lox_hf.core.lowrank import Decomposition, LowRank, fits
 from lox_hf.edit.tensor import BaseFactors, Directions, FactorSource, matrices
-from lox_hf.parallel.device import memory_budget
+from lox_hf.parallel.device import CPU, memory_budget
 from lox_hf.parallel.staging import Stage
 from lox_hf.records import TensorPlan
 from lox_hf.weights.selection import matrix_shape
@@ -56,7 +56,7 @@ def find_in_batches(
     """
     budget = memory_budget(device) if budget_bytes is None else budget_bytes
     loader = _Loader(aligned, factors, Stage(device))
-    batches = _cut(plans, factors, aligned, budget, groups or {})
+    batches = _cut(plans, factors, aligned, device, budget, groups or {})
     with ThreadPoolExecutor(1, thread_name_prefix="lox-stage") as pool:  # ends with the batch that is being loaded
         coming = [pool.submit(loader.load, batch) for batch in batches[:1]]
         for number in range(len(batches)):
@@ -65,6 +65,19 @@ def find_in_batches(
             loader.stage.take_over(batch.arrived, batch.brought())
             yield from _work(batch, loader, budget)
             del batch  # its memory is for the one after the next
+
+
+def place_of(source: WeightSource, name: str) -> torch.device:
+    """Return where a tensor is: files count as host memory.
+
+    Args:
+        source: The tensors.
+        name: Which one.
+
+    Returns:
+        The device.
+    """
+    return source.get(name).device if isinstance(source, DictSource) else CPU
 
 
 @dataclass(frozen=True)
@@ -182,18 +195,20 @@ def _cut(
     plans: Sequence[TensorPlan],
     factors: FactorSource,
     aligned: WeightSource,
+    device: torch.device,
     budget: int,
     groups: Mapping[str, int],
 ) -> list[list[TensorPlan]]:
     """Put tensors that are alike together, as many as the budget holds; one that is larger is a batch of its own."""
     sides = [aligned, *([factors.base] if isinstance(factors, BaseFactors) else [])]
-    sizes = [source.infos() for source in sides]
+    sizes = [(source, source.infos()) for source in sides]
 
     def need(plan: TensorPlan) -> int:
         count, rows, columns = matrix_shape(plan.shape)
         k = _batch_rank(plan, factors)
         work = 0 if k is None else count * batch_bytes((rows, columns), k)
-        return work + STAGED_BATCHES * sum(_staged_bytes(infos[plan.name]) for infos in sizes)
+        staged = sum(_staged_bytes(infos[plan.name]) for side, infos in sizes if place_of(side, plan.name) != device)
+        return work + STAGED_BATCHES * staged
 
     alike: dict[tuple[Any, ...], list[TensorPlan]] = {}
     for plan in plans:

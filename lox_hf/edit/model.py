@@ -1,23 +1,23 @@
 """All tensors of a model, each once, wherever the work is done: of files that are written, and of one in memory."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lox_hf.core.buffers import free_scratch
-from lox_hf.core.precision import exact_products
-from lox_hf.edit.batches import find_in_batches
-from lox_hf.edit.tensor import Directions, FactorSource, MatrixSink, edit_tensor
-from lox_hf.parallel.device import CPU, in_batches
+from lox_hf.core.precision import working_on
+from lox_hf.edit.batches import find_in_batches, place_of
+from lox_hf.edit.tensor import BaseFactors, Directions, FactorSource, MatrixSink, edit_tensor
+from lox_hf.errors import UnsupportedModelError
+from lox_hf.parallel.device import CPU, has_float64, in_batches
 from lox_hf.parallel.staging import Drain
 from lox_hf.parallel.threads import map_tensors
 from lox_hf.progress import progress_bar
 from lox_hf.records import TensorPlan, TensorReport
-from lox_hf.weights.source import DictSource, WeightSource
+from lox_hf.weights.source import WeightSource
 
 TensorWork = Callable[[TensorPlan, Tensor, Directions], None]
 """Takes a tensor where the work is done, and its directions."""
@@ -127,18 +127,24 @@ def each_tensor(
         description: Text beside the bar.
 
     Raises:
+        UnsupportedModelError: If a tensor is on a device without float64, and is to be decomposed there.
         LoxError: The first error of `work`, and of finding the directions.
     """
     places: dict[torch.device, list[TensorPlan]] = {}
     for plan in plans:
-        there = aligned.get(plan.name).device if isinstance(aligned, DictSource) else CPU
-        places.setdefault(device or there, []).append(plan)
+        places.setdefault(device or place_of(aligned, plan.name), []).append(plan)
+    for place in places:
+        if isinstance(factors, BaseFactors) and not has_float64(place):
+            raise UnsupportedModelError(
+                f"{aligned.label} is on {place}, which has no float64, and the decomposition needs it: move the model "
+                'to the CPU for that, with model.to("cpu"), and back afterwards.'
+            )
     for place, here in places.items():
         if in_batches(place):
             with progress_bar(_bytes(here, aligned), progressbar, description, unit="B") as advance:
                 _each_on(place, work, here, aligned, factors, advance)
         else:
-            _each_in_threads(work, here, aligned, factors, progressbar, description)
+            _each_in_threads(place, work, here, aligned, factors, progressbar, description)
 
 
 def _each_on(
@@ -150,13 +156,14 @@ def _each_on(
     advance: Callable[[int], object],
 ) -> None:
     infos = aligned.infos()
-    with _working_on(device), closing(find_in_batches(plans, aligned, factors, device=device)) as found:
+    with working_on(device), closing(find_in_batches(plans, aligned, factors, device=device)) as found:
         for plan, tensor, directions in found:
             work(plan, tensor, directions)
             advance(infos[plan.name].size_bytes)
 
 
 def _each_in_threads(
+    device: torch.device,
     work: TensorWork,
     plans: Sequence[TensorPlan],
     aligned: WeightSource,
@@ -167,7 +174,7 @@ def _each_in_threads(
     infos = aligned.infos()
 
     def run(plan: TensorPlan) -> None:
-        work(plan, aligned.get(plan.name), factors)
+        work(plan, aligned.get(plan.name).to(device), factors)
         aligned.release(plan.name)
         factors.release(plan.name)
 
@@ -213,7 +220,7 @@ def _edit_on(
         drain.then(partial(end, plan, reports))
 
     with (
-        _working_on(device),
+        working_on(device),
         Drain(device) as drain,
         closing(find_in_batches(edited, aligned, factors, device=device, groups=groups)) as found,
     ):
@@ -223,16 +230,6 @@ def _edit_on(
             edit(plan, tensor, directions)
         for plan in reversed(copies):
             drain.then(partial(copy, plan))
-
-
-@contextmanager
-def _working_on(device: torch.device) -> Iterator[None]:
-    """Products of float32 in float32, no record for gradients, and no buffer left on the device."""
-    with torch.no_grad(), exact_products():
-        try:
-            yield
-        finally:
-            free_scratch(device)
 
 
 def _prefetch(aligned: WeightSource, factors: FactorSource, plan: TensorPlan) -> None:

@@ -7,7 +7,6 @@ change in norm and 4.2e-5 at the largest.
 """
 
 import math
-import threading
 from collections.abc import Mapping
 
 import torch
@@ -99,7 +98,6 @@ class _Tally:
         self.changed, self.differing, self.largest_ulps = 0, 0, 0.0
         self.largest_error, self.largest_change = 0.0, 0.0
         self.error_energy, self.change_energy = 0.0, 0.0
-        self.lock = threading.Lock()
 
     def add(self, aligned: Tensor, expected: Tensor, found: Tensor) -> None:
         """Count one tile; bits are compared, so that -0.0 is not 0.0 and NaN is NaN."""
@@ -144,19 +142,23 @@ class _Tally:
 
 
 def misfits(
-    plans: list[TensorPlan], expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo]
+    plans: list[TensorPlan],
+    expected: Mapping[str, TensorInfo],
+    found: Mapping[str, TensorInfo],
+    scales: Mapping[str, str],
 ) -> dict[str, TensorCheck]:
-    """Find the tensors that are missing, extra, or of another shape or dtype.
+    """Find the tensors that are missing, extra, or of another shape or dtype, and what cannot be read without them.
 
     Args:
         plans: What is done to each tensor of the aligned model.
         expected: The aligned model's tensors.
         found: The published ones.
+        scales: Name of the scales of each weight that has some: neither says anything without the other.
 
     Returns:
         Checks by name.
     """
-    wrong = {}
+    wrong: dict[str, TensorCheck] = {}
     for plan in plans:
         ours, theirs = expected[plan.name], found.get(plan.name)
         if theirs is None:
@@ -164,6 +166,12 @@ def misfits(
         elif (ours.shape, ours.stored) != (theirs.shape, theirs.stored):
             detail = f"{theirs.stored} of shape {theirs.shape}, expected {ours.stored} of shape {ours.shape}"
             wrong[plan.name] = TensorCheck(plan.name, "different", plan.edit, detail=detail)
+    edited = {plan.name: plan.edit for plan in plans}
+    for weight, scale in scales.items():
+        for name, other in ((weight, scale), (scale, weight)):
+            if other in wrong and name not in wrong:
+                why = f"stands for nothing without {other}, which differs"
+                wrong[name] = TensorCheck(name, "different", edited[name], detail=why)
     extra = {
         name: TensorCheck(name, "different", False, detail="not in the aligned model")
         for name in found

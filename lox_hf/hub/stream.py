@@ -1,6 +1,5 @@
 """Harden from the Hub to the Hub, shard by shard: a model may be larger than the disk."""
 
-import os
 import tempfile
 import time
 from dataclasses import replace
@@ -20,7 +19,7 @@ from lox_hf.inputs import HasFactors, ModelLike, Pair, make_report, open_pair
 from lox_hf.records import HardeningPlan, HardeningReport, TensorPlan, TensorReport
 from lox_hf.weight_files import row_sink, source_of
 from lox_hf.weights.folder import is_adapter
-from lox_hf.weights.output_file import output_errors
+from lox_hf.weights.output_file import OutputFile, output_errors
 from lox_hf.weights.shard import Shard
 from lox_hf.weights.source import ADAPTER_CONFIG, INDEX_NAME, WEIGHTS_NAME
 from lox_hf.weights.writer import FolderWriter
@@ -208,22 +207,15 @@ class _InPlace:
     Rows are read before they are written over: the directions are known by then, and tiles do not overlap.
     """
 
-    def __init__(self, shard: Shard, fd: int) -> None:
-        self._shard, self._fd = shard, fd
+    def __init__(self, shard: Shard, file: OutputFile) -> None:
+        self._shard, self._file = shard, file
 
     def sink(self, plan: TensorPlan, aligned: Tensor) -> MatrixSink:
         """Return what writes finished rows over the aligned ones."""
-        return row_sink(aligned, self._shard.entries[plan.name].start, self._write)
+        return row_sink(aligned, self._shard.entries[plan.name].start, self._file.write)
 
     def copy(self, plan: TensorPlan) -> None:
         """Leave it as it is."""
-
-    def _write(self, data: memoryview, position: int) -> None:
-        data = data.cast("B")
-        with output_errors(self._shard.path):
-            while data:
-                done = os.pwrite(self._fd, data, position)
-                data, position = data[done:], position + done
 
 
 def _harden_in_place(
@@ -231,16 +223,17 @@ def _harden_in_place(
 ) -> tuple[TensorReport, ...]:
     shard = Shard(path)
     source = source_of(pair).within([shard])
-    fd = os.open(path, os.O_WRONLY)
+    file = OutputFile(path, None, path)
     try:
         return edit_tensors(
             [plan for plan in pair.plans if plan.name in shard.entries],
             source,
             pair.factors,
-            storing(_InPlace(shard, fd), source),
+            storing(_InPlace(shard, file), source),
             num_workers=num_workers,
             progressbar=progressbar,
             description=shard.name,
         )
     finally:
-        os.close(fd)
+        with output_errors(path):
+            file.close()

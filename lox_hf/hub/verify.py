@@ -14,6 +14,7 @@ from lox_hf.inputs import Pair, Side, open_pair, open_side
 from lox_hf.records import TensorCheck, VerificationReport
 from lox_hf.subspace import SUBSPACE_NAME
 from lox_hf.version import versions
+from lox_hf.weights.scaled import ScaledSource
 from lox_hf.weights.source import ADAPTER_CONFIG, INDEX_NAME, WEIGHTS_NAME, ShardedSource
 
 
@@ -133,7 +134,8 @@ def _compare(
     pair: Pair, published: ShardedSource, num_workers: int | None, progressbar: bool | None
 ) -> tuple[TensorCheck, ...]:
     aligned = _sharded(pair.aligned)
-    wrong = misfits(pair.plans, aligned.infos(), published.infos())
+    scales = aligned.scales if isinstance(aligned, ScaledSource) else {}
+    wrong = misfits(pair.plans, aligned.infos(), published.infos(), scales)
     plans = [plan for plan in pair.plans if plan.name not in wrong]
     stored = ShardedSource(published.shards, published.label)  # compared as it is stored, whatever it stands for
     target = Comparison(aligned, stored, pair.config.svd_tol)

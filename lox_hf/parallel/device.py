@@ -1,5 +1,6 @@
 """Which device the work is done on, and how much of its memory may be taken."""
 
+import math
 import os
 
 import torch
@@ -50,11 +51,18 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
 
 def in_batches(device: torch.device) -> bool:
     """Whether the work is done in batches on a device: an accelerator that has float64."""
-    return device.type not in ("cpu", "mps", "meta")
+    return device.type not in ("cpu", "meta") and has_float64(device)
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64, which the decomposition needs; Apple's does not."""
+    return device.type != "mps"
 
 
 def memory_budget(device: torch.device) -> int:
     """How much memory of a device the work may take: half of what is free, at most `LARGEST_BUDGET`.
+
+    Where torchrun has started more processes on this machine than it has devices, several have to share one.
 
     Args:
         device: The device; the CPU's memory is not asked for.
@@ -67,7 +75,8 @@ def memory_budget(device: torch.device) -> int:
     module = torch.get_device_module(device)
     free, _ = module.mem_get_info(device)
     kept = module.memory_reserved(device) - module.memory_allocated(device)  # by torch, for the next to ask
-    return min(LARGEST_BUDGET, (free + kept) // 2)
+    sharing = math.ceil(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / torch.accelerator.device_count())
+    return min(LARGEST_BUDGET, (free + kept) // 2 // sharing)
 
 
 def _indexed(device: torch.device) -> torch.device:

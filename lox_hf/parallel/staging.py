@@ -26,13 +26,14 @@ class _Buffer:
 
     def __init__(self, device: torch.device) -> None:
         self._pinned = device.type != "cpu"
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._copied = torch.get_device_module(device).Event() if self._pinned else None
 
     def view(self, rows: Tensor) -> Tensor:
         """Return room for rows of this shape and dtype; its last copy must be over."""
         if self._memory.numel() < rows.nbytes:
-            self._memory = torch.empty(max(BUFFER_BYTES, rows.nbytes), dtype=torch.uint8, pin_memory=self._pinned)
+            size = max(BUFFER_BYTES, rows.nbytes)
+            self._memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
         return self._memory[: rows.nbytes].view(rows.dtype).view(rows.shape)
 
     def mark(self, stream: Any) -> None:

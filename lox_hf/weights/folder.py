@@ -1,6 +1,7 @@
 """What the side files of a checkpoint folder say: architecture, quantisation, base model, provenance."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,12 @@ def check_dense(folder: Path, label: str) -> None:
     """
     scheme = quantisation(folder)
     if scheme and not _is_float8(scheme):
-        words = (scheme.get("quant_method", "unknown scheme"), scheme.get("format"), scheme.get("expert_dtype"))
+        words = (
+            scheme.get("quant_method", "unknown scheme"),
+            scheme.get("format"),
+            scheme.get("expert_dtype"),
+            "asymmetric" if any(each.get("symmetric") is False for each in group_weights(scheme)) else None,
+        )
         raise UnsupportedModelError(
             f"{label} is quantised ({' '.join(str(word) for word in words if word)}); its stored numbers are codes, "
             "not weights. Harden the full-precision checkpoint and quantise the result, or put the LoX adapter on the "
@@ -201,8 +207,21 @@ def _is_float8(scheme: dict[str, Any]) -> bool:
         return scheme.get("expert_dtype", "fp8") == "fp8"
     if scheme.get("quant_method") != "compressed-tensors" or scheme.get("format") != "float-quantized":
         return False
-    weights = [(group or {}).get("weights") or {} for group in (scheme.get("config_groups") or {}).values()]
+    weights = group_weights(scheme)
     is_rotated = bool(scheme.get("transform_config"))
     is_sparse = (scheme.get("sparsity_config") or {}).get("format", "dense") != "dense"
     eight_bits = all(each.get("type") == "float" and each.get("num_bits") == 8 for each in weights)
-    return bool(weights) and eight_bits and not is_rotated and not is_sparse
+    symmetric = all(each.get("symmetric") is not False for each in weights)
+    return bool(weights) and eight_bits and symmetric and not is_rotated and not is_sparse
+
+
+def group_weights(scheme: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return how compressed-tensors stores the weights of each group; empty of another scheme.
+
+    Args:
+        scheme: The `quantization_config`.
+
+    Returns:
+        The settings, a dict for each group.
+    """
+    return [(group or {}).get("weights") or {} for group in (scheme.get("config_groups") or {}).values()]

@@ -1,6 +1,6 @@
 """Checkpoints with float8 weights: each is read as the float32 matrix that its numbers and scales stand for."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from torch import Tensor
 from lox_hf.core.scaled import FLOAT8, Blocks, ScaledTensor
 from lox_hf.errors import NumericsError, UnsupportedModelError, listing
 from lox_hf.records import TensorPlan
-from lox_hf.weights.folder import quantisation
+from lox_hf.weights.folder import group_weights, quantisation
 from lox_hf.weights.shard import ShardLike
 from lox_hf.weights.source import ShardedSource, TensorInfo
 
 WEIGHT_SCALES = ("_scale_inv", "_scale")
 """What the name of the scales has after that of the weight: either multiplies the stored numbers."""
+
+ZERO_POINTS = "_zero_point"
+"""Of an asymmetric scheme, in which a weight is more than its numbers times its scales."""
 
 INPUT_SCALES = ("activation_scale", "input_scale")
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu)
@@ -83,13 +86,18 @@ class ScaledSource(ShardedSource):
         super().__init__(source.shards, source.label)
         self._source, self._scheme = source, scheme
         stored = source.infos()
-        weights = {name: info for name, info in stored.items() if info.dtype in FLOAT8 and len(info.shape) in (2, 3)}
-        self.scales = {name: scale for name in weights if (scale := _scale_name(name, stored))}
+        weights = {
+            name: info
+            for name, info in stored.items()
+            if info.dtype in FLOAT8 and len(info.shape) in (2, 3) and not name.endswith(ZERO_POINTS)
+        }
+        self.scales = {name: scale for name in weights if (scale := scale_name(name, stored))}
         self.blocks = {}
         problems = []
         for name, info in weights.items():
             scale = stored[self.scales[name]] if name in self.scales else None
-            blocks = _blocks(info, scale, scheme)
+            has_zero_points = name + ZERO_POINTS in stored
+            blocks = "it has zero points" if has_zero_points else _blocks(info, scale, scheme)
             if isinstance(blocks, str):
                 problems.append(f"{name}: {blocks}")
             else:
@@ -169,8 +177,17 @@ class ScaledSource(ShardedSource):
         return [name, self.scales[name]] if name in self.scales else [name]
 
 
-def _scale_name(weight: str, infos: Mapping[str, TensorInfo]) -> str:
-    return next((weight + ending for ending in WEIGHT_SCALES if weight + ending in infos), "")
+def scale_name(weight: str, names: Container[str]) -> str:
+    """Return the name of a weight's scales; empty where none of the names is.
+
+    Args:
+        weight: Name of the weight.
+        names: Names of the checkpoint's tensors.
+
+    Returns:
+        The name.
+    """
+    return next((weight + ending for ending in WEIGHT_SCALES if weight + ending in names), "")
 
 
 def _blocks(weight: TensorInfo, scale: TensorInfo | None, scheme: Mapping[str, Any]) -> Blocks | str:
@@ -182,7 +199,7 @@ def _blocks(weight: TensorInfo, scale: TensorInfo | None, scheme: Mapping[str, A
         return f"its scales are stored as {scale.stored}"
     grid = scale.shape if scale.shape not in ((), (1,)) else (1, 1)
     sides = (0, 0)
-    if grid[:-2] == weight.shape[:-2]:
+    if len(grid) == len(weight.shape) and grid[:-2] == weight.shape[:-2]:
         sides = [_side(*each) for each in zip((rows, columns), grid[-2:], _block_size(scheme), strict=True)]
     if not all(sides):
         return f"scales of shape {scale.shape} do not fit the weight's {weight.shape}"
@@ -199,6 +216,5 @@ def _side(size: int, count: int, given: int) -> int:
 
 def _block_size(scheme: Mapping[str, Any]) -> tuple[int, int]:
     """Size of a block that the config gives; zeros where it gives none."""
-    groups = (scheme.get("config_groups") or {}).values()
-    sizes = [scheme.get("weight_block_size"), *(group["weights"].get("block_structure") for group in groups)]
+    sizes = [scheme.get("weight_block_size"), *(each.get("block_structure") for each in group_weights(scheme))]
     return next((tuple(size) for size in sizes if isinstance(size, list) and len(size) == 2), (0, 0))

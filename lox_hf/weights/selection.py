@@ -234,7 +234,7 @@ def _check_dtypes(infos: Mapping[str, TensorInfo], plans: list[TensorPlan]) -> N
     if wrong:
         raise UnsupportedModelError(
             f"{len(wrong)} selected tensors are stored in a dtype that cannot be edited: {listing(wrong)} "
-            "Start from a float32, float16 or bfloat16 checkpoint, or exclude them with exclude_modules."
+            "Start from a float32, float16, bfloat16 or float8 checkpoint, or exclude them with exclude_modules."
         )
 
 

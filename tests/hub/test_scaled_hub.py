@@ -80,5 +80,25 @@ def test_a_changed_model_is_not(tampered: str, local: Path, tmp_path: Path) -> N
     assert [check.name for check in report.tensors if check.verdict != "exact"] == [tampered]
 
 
+@pytest.mark.parametrize("tampered", [NAME, NAME + "_scale_inv"])
+@pytest.mark.parametrize("edited", [True, False])
+def test_a_weight_or_scales_of_another_form_are_told_with_their_partner(
+    edited: bool, tampered: str, world: World, tmp_path: Path
+) -> None:
+    """Scales of one row of blocks fit the weight too, so the published model can be read as it stands."""
+    config = LoxConfig(str(world.root / "base"), r=4, exclude_modules=[] if edited else ["up_proj"])
+    harden_checkpoint(world.root / "aligned", tmp_path / "out", config)
+    tensors = load((tmp_path / "out" / "model.safetensors").read_bytes())
+    tensors[tampered] = tensors[NAME].bfloat16() if tampered == NAME else tensors[tampered][:1].contiguous()
+    (tmp_path / "out" / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+    report = verify(tmp_path / "out")
+    wrong = {check.name: check for check in report.tensors if check.verdict != "exact"}
+    (partner,) = set(wrong) - {tampered}
+    assert {partner, tampered} == {NAME, NAME + "_scale_inv"}
+    assert "expected" in wrong[tampered].detail
+    assert wrong[partner].detail == f"stands for nothing without {tampered}, which differs"
+    assert {check.name: check.edited for check in wrong.values()} == {NAME: edited, NAME + "_scale_inv": False}
+
+
 def test_the_config_keeps_the_scheme(local: Path) -> None:
     assert json.loads((local / "config.json").read_text())["quantization_config"] == FP8
