@@ -1,6 +1,7 @@
 """`apply_lox` and `revert_lox`: harden a loaded model in place, and take it back."""
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,21 +11,24 @@ from lox_hf.config import LoxConfig
 from lox_hf.core.delta import Delta
 from lox_hf.core.extrapolate import FullPart, LowRankPart
 from lox_hf.core.lowrank import Decomposition
+from lox_hf.core.precision import working_on
 from lox_hf.edit.model import each_tensor
 from lox_hf.edit.spread import edit_spread, pieces
 from lox_hf.edit.tensor import Directions, edit_tensor, matrices
 from lox_hf.edit.undo import Undo
-from lox_hf.errors import ConfigError, DistributedError, LoxError
+from lox_hf.errors import ConfigError, LoxError, NumericsError, PairingError
 from lox_hf.inputs import HasFactors, ModelLike, Pair, make_report, open_pair
 from lox_hf.lora import adapter_report, harden_lora, is_peft_model, revert_lora
 from lox_hf.provenance import STAMP, stamp
 from lox_hf.records import HardeningReport, TensorPlan, TensorReport
 from lox_hf.weights.live import live_tensors
 from lox_hf.weights.spread.matrix import SpreadMatrix
-from lox_hf.weights.spread.model import SpreadSource, commit, in_turn, is_spread_model, together
+from lox_hf.weights.spread.model import SpreadSource, commit, in_turn, is_spread_model, together, warn_of_steps
 
 Model = TypeVar("Model", bound=nn.Module)
 RECORD = "_lox_record"
+SAID_TO_ALL = (NumericsError, PairingError)
+"""Errors that every process of a spread model meets together, so that another word can be had with all of them."""
 
 
 @dataclass
@@ -78,7 +82,9 @@ def apply_lox(
             fused, or under FSDP 1.
         NumericsError: If a matrix contains NaN or Inf, or the result overflows; it is named.
         AlreadyHardenedError: If the model is hardened and `allow_repeat` is not set.
-        DistributedError: If the model is spread over processes, and one was given other arguments or was lost.
+        DistributedError: If the model is spread over processes, and one was given other arguments or was lost. With
+            NCCL torch's watchdog ends a process whose peer is lost, and the launcher says so.
+        LoxError: If after an error the weights could not be put back bit for bit.
 
     Example:
         >>> import torch
@@ -107,11 +113,13 @@ def apply_lox(
         reports = _edit(pair, undos, progressbar)
         _remember(model, pair, undos, make_report(pair, reports, time.perf_counter() - started))
     except BaseException as error:
-        for undo in undos:
-            undo.revert()
-        if not isinstance(error, DistributedError):
-            commit(model, {undo.name for undo in undos})
+        is_back = _take_back(undos)
+        if isinstance(error, SAID_TO_ALL):
+            commit(model, {plan.name for plan in pair.plans if plan.edit})
+        if not is_back:
+            raise LoxError(f"{error} The weights could not be put back bit for bit: load the model again.") from error
         raise
+    warn_of_steps(model)
     return model
 
 
@@ -133,20 +141,15 @@ def revert_lox(model: Model) -> Model:
     if is_peft_model(model):
         revert_lora(model)
         return model
-    record = getattr(model, RECORD, None)
-    if record is None:
-        raise LoxError(
-            f"{type(model).__name__} was not hardened by apply_lox in this process, so there is nothing to take back: "
-            "load the aligned model again."
-        )
     with together(model):
+        record = _record_of(model)
         _check_as_written(model, record.undos)
-    exact = [undo.revert() for undo in record.undos]
-    commit(model, {undo.name for undo in record.undos})
+    is_back = _take_back(record.undos)
+    commit(model, {item.name for item in record.report.tensors})
     _set_stamp(model, record.stamp)
     setattr(model, RECORD, record.previous)
     with together(model):
-        if not all(exact):
+        if not is_back:
             raise LoxError(
                 "The aligned weights could not be restored bit for bit on this device: load the aligned model again."
             )
@@ -220,6 +223,24 @@ def _edit(pair: Pair, undos: list[Undo], progressbar: bool | None) -> tuple[Tens
 
     each_tensor(work, edited, source, pair.factors, progressbar=progressbar, description="Hardening")
     return tuple(report for plan in edited for report in reports[plan.name])
+
+
+def _record_of(model: nn.Module) -> _Record:
+    record = getattr(model, RECORD, None)
+    if record is None:
+        raise LoxError(
+            f"{type(model).__name__} was not hardened by apply_lox in this process, so there is nothing to take back: "
+            "load the aligned model again."
+        )
+    return record
+
+
+def _take_back(undos: list[Undo]) -> bool:
+    """Put the weights back by the very products that were added; False where the bits are not the old ones."""
+    with ExitStack() as stack:
+        for device in {undo.matrix.device for undo in undos}:
+            stack.enter_context(working_on(device))
+        return all([undo.revert() for undo in undos])
 
 
 def _check_as_written(model: nn.Module, undos: list[Undo]) -> None:

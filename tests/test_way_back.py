@@ -153,3 +153,51 @@ def test_a_subspace_on_another_model_warns(pair: zoo.Pair, tmp_path: Path) -> No
 def test_what_is_no_model_is_refused(wrong: object) -> None:
     with pytest.raises(ConfigError, match="harden_checkpoint"):
         apply_lox(wrong, LoxConfig(r=2))
+
+
+@pytest.fixture
+def wide_pair() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A base and an aligned layer of many directions, in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(512, 512, generator=generator) for _ in range(2)]
+    base, aligned = (torch.nn.Linear(512, 512, bias=False, dtype=torch.bfloat16) for _ in range(2))
+    base.weight.data.copy_(drawn[0])
+    aligned.weight.data.copy_(drawn[0] + 0.1 * drawn[1])
+    return base, aligned
+
+
+def test_the_way_back_does_not_depend_on_how_products_are_rounded(
+    wide_pair: tuple[torch.nn.Module, torch.nn.Module],
+) -> None:
+    """Training scripts let float32 products be rounded: the part that was added has to be taken off as it was added."""
+    base, aligned = wide_pair
+    before = aligned.weight.detach().clone()
+    set_before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        apply_lox(aligned, LoxConfig(r=256), base_model=base)
+        assert not torch.equal(aligned.weight, before)  # control
+        revert_lox(aligned)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(set_before)
+    assert torch.equal(aligned.weight, before)
+
+
+@pytest.mark.parametrize("default", [torch.device("meta"), torch.bfloat16])
+def test_defaults_of_the_process_change_nothing(
+    default: torch.device | torch.dtype, wide_pair: tuple[torch.nn.Module, torch.nn.Module]
+) -> None:
+    base, aligned = wide_pair
+    expected = apply_lox(copy.deepcopy(aligned), LoxConfig(r=6), base_model=base).weight
+    dtype_before = torch.get_default_dtype()
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        else:
+            torch.set_default_device(default)
+        found = apply_lox(aligned, LoxConfig(r=6), base_model=base).weight
+    finally:
+        torch.set_default_dtype(dtype_before)
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)

@@ -85,7 +85,8 @@ def block_lanczos(
     """
     generator = torch.Generator().manual_seed(seed)
     block = block_size(k)
-    start = orthonormal_rows(torch.randn((block, delta.shape[1]), generator=generator).to(delta.device))
+    drawn = torch.randn((block, delta.shape[1]), generator=generator, device="cpu", dtype=torch.float32)
+    start = orthonormal_rows(drawn.to(delta.device))
     if math.prod(delta.whole_shape) >= SAMPLE_MIN_ELEMENTS:
         aimed = _Recurrence(delta.sample(SAMPLE_EVERY), block, start).run(tol, negligible, SAMPLE_STEPS)
         start = orthonormal_rows(torch.cat([aimed.vh, start])[:block])
@@ -114,7 +115,7 @@ class _Recurrence:
         columns = delta.shape[1]
         self.capacity = max(4, BASIS_BUDGET_BYTES // (4 * columns * self.block)) * self.block
         self.capacity = min(self.capacity, columns // self.block * self.block)
-        self.basis = torch.empty((self.capacity, columns), device=start.device)
+        self.basis = torch.empty((self.capacity, columns), device=start.device, dtype=torch.float32)
         self.basis[: self.block] = delta.agree(start)
         self.size = self.block
         self.projected = torch.zeros((0, 0), dtype=torch.float64, device=start.device)
@@ -154,9 +155,9 @@ class _Recurrence:
         """(dW^T dW block^T)^T in one pass; the first pass also measures dW and drops the rows that did not change."""
         rows, columns = self.delta.shape
         transposed = block.T.contiguous()
-        left = None if self.left is None else torch.empty((rows, self.block), device=block.device)
-        product = torch.zeros((self.block, columns), device=block.device)
-        norms = torch.empty(rows, device=block.device) if math.isnan(self.energy) else None
+        left = None if self.left is None else torch.empty((rows, self.block), device=block.device, dtype=torch.float32)
+        product = torch.zeros((self.block, columns), device=block.device, dtype=torch.float32)
+        norms = torch.empty(rows, device=block.device, dtype=torch.float32) if math.isnan(self.energy) else None
         for part, tile in self.delta.tiles():
             image = torch.mm(tile, transposed, out=None if left is None else left[part])
             product.addmm_(image.T, tile)
@@ -185,7 +186,7 @@ class _Recurrence:
         return total
 
     def _measure(self, row_norms: Tensor) -> None:
-        self.energy = self.delta.total(row_norms.double().square().sum()).item()
+        self.energy = self.delta.agree(self.delta.total(row_norms.double().square().sum())).item()
         if not math.isfinite(self.energy):
             raise NumericsError("dW contains NaN or Inf")
         changed = row_norms.nonzero().squeeze(1)
@@ -245,7 +246,7 @@ class _Recurrence:
 
     def _nothing(self) -> Triplets:
         (rows, columns), device = self.delta.whole_shape, self.basis.device
-        u, s, vh = (torch.zeros(shape, device=device) for shape in ((rows, 0), 0, (0, columns)))
+        u, s, vh = (torch.zeros(shape, device=device, dtype=torch.float32) for shape in ((rows, 0), 0, (0, columns)))
         return Triplets(u, s, vh, self.energy, 0.0, 0.0, 1, True)
 
     def _image(self, vectors: Tensor) -> Tensor:
@@ -253,7 +254,7 @@ class _Recurrence:
         if self.left is not None:
             return self._combine(self.left, vectors)
         right = (vectors.T @ self.basis[: self.size]).T.contiguous()
-        image = torch.empty((self.delta.shape[0], right.shape[1]), device=right.device)
+        image = torch.empty((self.delta.shape[0], right.shape[1]), device=right.device, dtype=torch.float32)
         for part, tile in self.delta.tiles():
             torch.mm(tile, right, out=image[part])
         return image

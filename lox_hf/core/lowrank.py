@@ -178,7 +178,7 @@ def exact(delta: Delta, k: int) -> Decomposition:
     dense = delta.dense()
     if not torch.isfinite(dense).all():
         raise NumericsError("dW contains NaN or Inf")
-    energy = dense.double().square().sum().item()
+    energy = delta.agree(dense.double().square().sum()).item()
     if min(dense.shape) <= 4 * SMALL_SIDE:
         dense = dense.double()
     try:

@@ -141,7 +141,7 @@ class ScaledTensor(Tensor):
 
     def dense(self) -> Tensor:
         """Return the whole as a plain float32 tensor."""
-        return self._write(torch.empty(self.shape, device=self.device))
+        return self._write(torch.empty(self.shape, dtype=torch.float32, device=self.device))
 
     def _fits(self, out: Tensor) -> bool:
         return (out.shape, out.dtype, out.device) == (self.shape, self.dtype, self.device)
@@ -217,5 +217,5 @@ def round_rows(rows: Tensor, scales: Tensor, dtype: torch.dtype, blocks: Blocks)
             raise NumericsError(f"the result overflows {str(dtype).removeprefix('torch.')}; lower alpha")
         scales = torch.where(over, blocks.raised(largest / limits.max), scales)
     divisors = scales.clamp_min(torch.finfo(torch.float32).tiny)  # a scale of zero has nothing to divide
-    blocks.unscale(rows, blocks.of_rows(divisors, torch.arange(len(rows))))
+    blocks.unscale(rows, blocks.of_rows(divisors, torch.arange(len(rows), device=rows.device)))
     return rows.clamp_(limits.min, limits.max).to(dtype), scales

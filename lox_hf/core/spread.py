@@ -11,6 +11,10 @@ from torch import Tensor
 from lox_hf.core.delta import Delta
 from lox_hf.errors import DistributedError, LoxError
 
+DEVICE_ERRORS = tuple(
+    getattr(torch, name) for name in ("OutOfMemoryError", "AcceleratorError") if hasattr(torch, name)
+)
+"""What is wrong with this process's own device, and says nothing of the others."""
 Numbers = slice | Tensor
 """Which rows or columns of a matrix: a slice where they follow each other, so that taking them makes no copy."""
 
@@ -194,9 +198,12 @@ def listening() -> Iterator[None]:
 
     Raises:
         DistributedError: Where torch raises an error of its own.
+        RuntimeError: Where the device does.
     """
     try:
         yield
+    except DEVICE_ERRORS:
+        raise
     except RuntimeError as error:  # torch's word for a connection that broke, or an answer that did not come in time
         raise DistributedError(
             "A process that works with this one does not answer: it has failed or was lost. Load "

@@ -71,7 +71,7 @@ class _Rounding:
         self._rows, columns = stored.shape[-2:]
         height = stored.blocks.height
         self._capacity = height * max(1, TILE_ELEMENTS // (height * columns))
-        self._gathered = torch.empty(min(self._capacity, self._rows), columns)
+        self._gathered = torch.empty((min(self._capacity, self._rows), columns), dtype=torch.float32, device="cpu")
         self.scales = stored.scales.reshape(-1, *stored.scales.shape[-2:]).clone()
 
     def is_last(self, number: int, part: slice) -> bool:

@@ -42,7 +42,7 @@ def edit_spread(plan: TensorPlan, matrix: SpreadMatrix, factors: Directions, und
     if found is None:
         energy = matrix.peers.total(torch.tensor(energy, dtype=torch.float64)).item()
         found = without_directions(matrix.shape, energy, "full" if energy > 0 else "zero")
-    if blocks:
+    if plan.alpha != 0:  # whatever is here: all processes have to
         matrix.commit()
     return tensor_report(plan.name, plan, found, time.perf_counter() - started)
 

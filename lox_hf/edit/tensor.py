@@ -190,7 +190,7 @@ def tensor_report(name: str, plan: TensorPlan, found: Decomposition, seconds: fl
         method=found.method,
         energy_share=1.0 if full else found.energy_share,
         delta_norm=math.sqrt(found.energy),
-        singular_values=tuple(found.factors.S.tolist()),
+        singular_values=tuple(found.singular_values.tolist()),
         residual=found.residual,
         gap=found.gap,
         projector_bound=found.projector_bound if found.factors.rank else math.nan,
@@ -273,5 +273,7 @@ def without_directions(shape: tuple[int, ...], energy: float, method: str) -> De
         No directions, with the energy.
     """
     rows, columns = shape
-    nothing = LowRank(torch.empty(rows, 0), torch.empty(0), torch.empty(0, columns))
+    nothing = LowRank(
+        *(torch.empty(size, dtype=torch.float32, device="cpu") for size in ((rows, 0), (0,), (0, columns)))
+    )
     return Decomposition(nothing, energy, 0.0, 0.0, 0, method)

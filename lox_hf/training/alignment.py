@@ -17,7 +17,7 @@ from lox_hf.provenance import check_not_hardened
 from lox_hf.records import HardeningReport
 from lox_hf.training.checkpoints import STATE_NAME
 from lox_hf.weights.source import DictSource
-from lox_hf.weights.spread.model import is_spread
+from lox_hf.weights.spread.model import SpreadSource, is_spread
 
 
 class HardenAfter:
@@ -63,15 +63,21 @@ class HardenAfter:
             ConfigError: If no base can be told, the base is this model itself, or the settings select nothing.
             PairingError: If the base does not fit; all mismatches are listed.
             CheckpointError: If the base's files are missing or damaged.
-            UnsupportedModelError: If weights are sharded, or, where not only LoRA is trained, quantised or offloaded;
-                or an adapter is not plain LoRA.
+            UnsupportedModelError: If, where not only LoRA is trained, weights are quantised, or offloaded with what
+                the optimiser keeps; or an adapter is not plain LoRA.
             AlreadyHardenedError: If the model is hardened already.
         """
         if is_peft_model(model):
             _check_adapter(model, self.config)
             return
         base, config = self._base_of(model)
-        _check_apart(open_pair(model, base, config, token=self.token))
+        pair = open_pair(model, base, config, token=self.token)
+        _check_apart(pair)
+        source = pair.aligned.source
+        if isinstance(source, SpreadSource):
+            for plan in pair.plans:
+                if plan.edit:
+                    source.get(plan.name).check_in_place()
 
     def harden(self, model: nn.Module) -> HardeningReport:
         """Harden the trained model in place; if anything fails, it is left as it was.

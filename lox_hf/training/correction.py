@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from lox_hf.core.precision import exact_products
 from lox_hf.edit.tensor import naming
 from lox_hf.errors import NumericsError, listing
 from lox_hf.subspace import SafetySubspace
@@ -48,7 +49,7 @@ def start_coordinates(weights: LiveWeights, subspace: SafetySubspace) -> dict[st
     """
     found = {}
     for name in _held(weights, subspace):
-        with naming(name):
+        with naming(name), exact_products():
             found[name] = weights.matrices[name].coordinates(subspace.factors[name]) - subspace.base_coordinates[name]
     return found
 
@@ -134,7 +135,8 @@ def reapply(weights: LiveWeights, subspace: SafetySubspace, targets: Mapping[str
         raise NumericsError(f"Nothing was re-applied: {len(broken)} targets contain NaN or Inf: {listing(broken)}")
     factors = subspace.factors
     added = {name: missing[name] for name in off_target(subspace, targets, now)}
-    weights.add({name: (factors[name].U @ m.to(factors[name].U), factors[name].Vh) for name, m in added.items()})
+    with exact_products():
+        weights.add({name: (factors[name].U @ m.to(factors[name].U), factors[name].Vh) for name, m in added.items()})
     reference = _norm(factors[name].S for name in missing)
     return _norm(added.values()) / reference if reference > 0 else 0.0
 

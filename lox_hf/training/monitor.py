@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lox_hf.core.delta import Delta
 from lox_hf.core.geometry import Projection, coordinates, project
+from lox_hf.core.precision import exact_products
 from lox_hf.edit.tensor import matrices, matrix_names, naming
 from lox_hf.hub_files import BASE_FILES, CHECKPOINT_FILES
 from lox_hf.inputs import ModelLike, open_side
@@ -171,9 +172,10 @@ class DriftMonitor:
             NumericsError: If a matrix contains NaN or Inf; it is named.
         """
         self.weights.refresh()
-        if self._reader is not None:
+        if self._reader is None:
+            return self._read_without_base()
+        with exact_products():
             return _summarise([item for name in self._tensors for item in self._reader.read(name)])
-        return self._read_without_base()
 
     def retention(self) -> float:
         """Read retention alone, for which no base is read.
@@ -188,7 +190,8 @@ class DriftMonitor:
         return self._read_without_base().retention
 
     def _read_without_base(self) -> DriftReading:
-        return _summarise([self._read_matrix(name) for name in self._matrices])
+        with exact_products():
+            return _summarise([self._read_matrix(name) for name in self._matrices])
 
     def _read_matrix(self, name: str) -> "_Matrix":
         with naming(name):

@@ -94,8 +94,9 @@ class SpreadMatrix(ABC):
     def delta(self, base: Tensor, *, cast_base: bool) -> SpreadDelta:
         """Return dW over the processes, given the base (m, n): this process reads its own rows of both."""
         numbers, rows = self.row_share()
+        own = base[numbers].to(self.device)  # once, and not in every pass
         return SpreadDelta(
-            rows, base[numbers], numbers=numbers, height=self.shape[0], peers=self.peers, cast_base=cast_base
+            rows, own, numbers=numbers, height=self.shape[0], peers=self.peers, cast_base=cast_base
         )
 
     @torch.no_grad()
@@ -111,7 +112,7 @@ class SpreadMatrix(ABC):
         Raises:
             NumericsError: If any piece contains NaN or Inf: on every process, whichever holds it.
         """
-        found = torch.zeros((directions.rank, len(directions.Vh)), dtype=torch.float64)
+        found = torch.zeros((directions.rank, len(directions.Vh)), dtype=torch.float64, device="cpu")
         for block in self.blocks():
             left, right = block.cut(directions.U, directions.Vh)
             try:

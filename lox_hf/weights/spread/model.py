@@ -1,5 +1,6 @@
 """A model that is spread over processes: its weights by checkpoint name, each with the pieces that are here."""
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, TypeVar, cast
@@ -7,7 +8,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lox_hf.core.precision import exact_products
+from lox_hf.core.precision import working_on
 from lox_hf.core.spread import Peers
 from lox_hf.errors import DistributedError, UnsupportedModelError, listing
 from lox_hf.parallel.threads import return_free_memory
@@ -101,6 +102,20 @@ def open_model(model: nn.Module, role: str, label: str) -> WeightSource:
     return SpreadSource(model, label)
 
 
+def warn_of_steps(model: nn.Module) -> None:
+    """Say so where DeepSpeed ZeRO 1 or 2 trains a model, whose next step goes on from a copy that it keeps.
+
+    Args:
+        model: A model that was edited.
+    """
+    if any(hasattr(weight, "_hp_mapping") for weight in model.parameters()):
+        warnings.warn(
+            f"DeepSpeed's optimiser keeps a copy of the weights of {type(model).__name__}, and its next step undoes "
+            "the edit. Save the model before it, or apply LoX before deepspeed.initialize.",
+            stacklevel=3,
+        )
+
+
 def refuse_base(what: str) -> NoReturn:
     """Refuse a base that is spread.
 
@@ -157,7 +172,7 @@ def in_turn(
     """
     sizes, results = source.infos(), []
     total = sum(sizes[plan.name].size_bytes for plan in plans)
-    with exact_products(), progress_bar(total, progressbar, description, unit="B") as advance:
+    with working_on(source.peers.device), progress_bar(total, progressbar, description, unit="B") as advance:
         for plan in plans:
             results.append(work(plan, source.get(plan.name)))
             return_free_memory()
