@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -128,6 +129,11 @@ def write_weights(
             "file system that all processes share."
         )
     done = set(names)
+    if done and ranks.is_first:
+        warnings.warn(
+            f"Going on in {writer.partial}: {len(done)} of {len(pair.plans)} tensors were finished by a run before.",
+            stacklevel=4,
+        )
     rest = [plan for plan in pair.plans if plan.name not in done]
     mine = cut(rest, [cost(plan, pair.config.svd) for plan in rest], ranks.size)[ranks.rank]
     parts = _Parts(mine, source, writer, ranks)

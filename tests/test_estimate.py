@@ -17,7 +17,7 @@ from transformers import AutoConfig, DeepseekV3Config
 import zoo
 from fake_hub import FakeHub, Repo
 from lox_hf import HardeningPlan, LoxConfig, SafetySubspace, plan_hardening
-from lox_hf.cli.plan_table import estimate_table, fold, plan_table
+from lox_hf.cli.plan_table import LONG, estimate_table, fold, plan_table
 from lox_hf.cli.words import duration
 from lox_hf.edit.tensor import BaseFactors, edit_tensor
 from lox_hf.errors import AlreadyHardenedError, CheckpointError, UnsupportedModelError
@@ -282,7 +282,7 @@ def test_a_dry_run_says_what_would_keep_the_run_from_working(here: Path, run: Ru
 def test_what_goes_to_the_hub_needs_no_disk() -> None:
     found = HardeningEstimate(3 * 10**9, 2 * 10**9, 2**28, threads=4, processes=1, work_s=100.0)
     plan = HardeningPlan(ModelReference("a"), ModelReference("b"), "config", (edited(64, 64),), 2 * 10**9)
-    assert "disk         2.000 GB free" in estimate_table(plan, found)
+    assert "disk         2.000 GB needed" in estimate_table(plan, found)
     assert "to read      3.000 GB (if the base is stored in the aligned model's dtypes)" in estimate_table(plan, found)
     assert "disk         two of the largest shard" in estimate_table(plan, found, to_hub=True)
     assert "2 min on 1 process of 4 threads" in estimate_table(plan, found)
@@ -329,8 +329,8 @@ def test_folding_keeps_apart_what_is_not_alike() -> None:
     plan = HardeningPlan(ModelReference("a"), None, "config", tuple(tensors), 1)
     text = plan_table(plan)
     assert "(64, 32) x 1199" in text and "r 6, alpha 0.5" in text and "Folded: 1201 tensors in 3 lines" in text
-    few = plan_table(replace(plan, tensors=tuple(tensors[:1000])))
-    assert "Folded" not in few and names[999] in few
+    few = plan_table(replace(plan, tensors=tuple(tensors[:LONG])))
+    assert "Folded" not in few and names[LONG - 1] in few
 
 
 def test_folding_loses_nothing_where_two_groups_have_one_pattern() -> None:

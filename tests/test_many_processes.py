@@ -358,12 +358,13 @@ def test_a_kill_of_one_process_alone_goes_on_too(
     with pytest.raises(OutputError, match="is an input"):  # a refusal touches nothing
         harden_checkpoint(pair / "aligned", pair / "aligned" / "out", LoxConfig(str(pair / "base")))
     assert seconds(partial) == times
-    harden_checkpoint(pair / "aligned", output, LoxConfig(str(pair / "base"), svd="exact"))
+    with pytest.warns(UserWarning, match=rf"Going on in .*: {len(times)} of {MATRICES} tensors were finished"):
+        harden_checkpoint(pair / "aligned", output, LoxConfig(str(pair / "base"), svd="exact"))
     check_not_made_again(output, times)
     assert not partial.exists()
 
 
-def test_other_settings_or_weights_begin_anew(
+def test_other_settings_or_weights_do_not_drop_what_is_finished(
     pair: Path,
     tmp_path: Path,
     launched: list[subprocess.Popen[str]],
@@ -374,5 +375,12 @@ def test_other_settings_or_weights_begin_anew(
     tensors = load_file(pair / "aligned" / "model-00001-of-00012.safetensors")
     changed = {name: tensor + 1 for name, tensor in tensors.items()}
     save_file(changed, pair / "aligned" / "model-00001-of-00012.safetensors")
-    report = harden_checkpoint(pair / "aligned", output, LoxConfig(str(pair / "base"), svd="exact"))
+    settings = LoxConfig(str(pair / "base"), r=2)
+    with pytest.raises(OutputError, match=r"finished parts of a run that was killed.*r: 6 there, 2 now"):
+        harden_checkpoint(pair / "aligned", output, settings)
+    assert seconds(partial) == times
+    with pytest.raises(OutputError, match=r"finished parts of a run that was killed.*times"):
+        harden_checkpoint(pair / "aligned", output, LoxConfig(str(pair / "base"), svd="exact"))
+    shutil.rmtree(partial)
+    report = harden_checkpoint(pair / "aligned", output, settings)
     assert not {item.seconds for item in report.tensors} & set(times.values())

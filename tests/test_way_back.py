@@ -169,7 +169,7 @@ def wide_pair() -> tuple[torch.nn.Module, torch.nn.Module]:
 def test_the_way_back_does_not_depend_on_how_products_are_rounded(
     wide_pair: tuple[torch.nn.Module, torch.nn.Module],
 ) -> None:
-    """Training scripts let float32 products be rounded: the part that was added has to be taken off as it was added."""
+    """Training scripts let float32 products be rounded: what was added has to be taken off as it was added."""
     base, aligned = wide_pair
     before = aligned.weight.detach().clone()
     set_before = torch.get_float32_matmul_precision()

@@ -36,6 +36,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "harden",
         help="write a hardened checkpoint",
         description="Write a hardened checkpoint: W + alpha * Proj_r(W - W_base), disk to disk in constant memory.",
+        epilog="Several processes, on one machine or more that share a file system, do it together: "
+        "torchrun --nproc_per_node 8 -m lox_hf.cli -- harden ... (the -- keeps torchrun from taking --r for its own).",
     )
     add_input_options(parser)
     add_subspace_option(parser)

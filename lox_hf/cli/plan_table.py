@@ -9,7 +9,7 @@ from lox_hf.cli.words import duration
 if TYPE_CHECKING:
     from lox_hf.records import HardeningEstimate, HardeningPlan, TensorPlan
 
-LONG = 1000
+LONG = 200
 """Tensors from which on a plan is folded."""
 
 
@@ -72,7 +72,7 @@ def estimate_table(plan: "HardeningPlan", estimate: "HardeningEstimate", *, to_h
         The text.
     """
     who = f"{_count(estimate.processes, 'process', 'processes')} of {_count(estimate.threads, 'thread', 'threads')}"
-    disk = "two of the largest shard" if to_hub else f"{estimate.write_bytes / 1e9:.3f} GB free"
+    disk = "two of the largest shard" if to_hub else f"{estimate.write_bytes / 1e9:.3f} GB needed"
     floor_s = (estimate.read_bytes + estimate.write_bytes) / 1e9
     rows = {
         "to read": f"{estimate.read_bytes / 1e9:.3f} GB (if the base is stored in the aligned model's dtypes)",

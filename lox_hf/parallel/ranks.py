@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -195,7 +196,8 @@ def _sigterm(ranks: Ranks) -> Iterator[None]:
     talk = ranks._talk
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if talk is not None and not (talk.is_ending or talk.is_committed):  # else it ends anyway, or publishes
+        is_failing = sys.exception() is not None  # such as a KeyboardInterrupt, which the launcher follows up
+        if talk is not None and not (is_failing or talk.is_ending or talk.is_committed):
             raise talk.stopped()
 
     if threading.current_thread() is not threading.main_thread():

@@ -94,7 +94,7 @@ class Talk:
         return DistributedError(
             self.failure
             or f"Process {self.rank} of {self.size} was told to stop (SIGTERM), as torchrun does when another process "
-            f"has ended. {_REMEDY}"
+            f"has ended, or when it is interrupted itself. {_REMEDY}"
         )
 
     def _until_known(self, seconds: float) -> None:
@@ -167,6 +167,6 @@ def _lost(ranks: list[int], size: int, seconds: float) -> str:
 
 def _store_lost(reason: str) -> str:
     return (
-        "The connection to the other processes was lost (process 0 or its machine has ended): "
-        f"{reason} {_REMEDY}"
+        "The connection to the other processes was lost (process 0, its machine or the launcher has ended): "
+        f"{reason.rstrip('.')}. {_REMEDY}"
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lox_hf.records import TensorReport
-from lox_hf.run_folder import RUN_NAME, write_whole
+from lox_hf.run_folder import RUN_NAME, differences, write_whole
 
 JOURNAL = ".journal"
 
@@ -36,6 +36,13 @@ class PartJournal:
     def is_of_this_run(self) -> bool:
         """Whether what stands here was written under the same settings from the same inputs."""
         return self._read_run().get("run") == self._run
+
+    def of_another_run(self) -> str:
+        """How a run differs whose finished parts stand here; empty where there are none, or they are of this run."""
+        found = self._read_run()
+        has_parts = any(self.folder.glob(f"{found.get('token')}-*.json"))
+        run = found.get("run")
+        return differences(run, self._run) if has_parts and isinstance(run, dict) else ""
 
     def begin(self, *, anew: bool = False) -> None:
         """Start a journal, or go on with the one of this run; `anew` lets nothing of that one count."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from lox_hf.errors import OutputError
 from lox_hf.records import TensorReport
 from lox_hf.weights.journal import PartJournal
 from lox_hf.weights.output_file import OutputFile, output_errors
@@ -33,6 +34,24 @@ class PartsWriter(FolderWriter):
         super().__init__(output_dir)
         self.journal = PartJournal(self.partial, run)
         self._is_first, self._is_shared = is_first, is_shared
+
+    def check(self, needed_bytes: int, inputs: list[Path]) -> None:
+        """Check that the output can be written, and that no other run has work in it.
+
+        Args:
+            needed_bytes: Bytes that will be written.
+            inputs: Folders that are read.
+
+        Raises:
+            OutputError: As in a `FolderWriter`, or if parts of another run are finished there.
+        """
+        super().check(needed_bytes, inputs)
+        others = self.journal.of_another_run()
+        if others:
+            raise OutputError(
+                f"{self.partial} holds finished parts of a run that was killed, with other settings or files "
+                f"({others}). Start that one again, or remove the folder, or choose another output."
+            )
 
     def __enter__(self) -> Self:
         return super().__enter__() if self._is_first else self

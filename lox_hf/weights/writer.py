@@ -71,8 +71,10 @@ class FolderWriter:
                 os.close(self._lock_fd)
                 if not isinstance(error, BlockingIOError):
                     raise
+                several = int(os.environ.get("WORLD_SIZE") or 1) > 1
                 raise OutputError(
                     f"Another run is writing {self.output}: wait for it, or choose another folder."
+                    + " Processes of one launch share a run by ranks=, from join_ranks()." * several
                 ) from error
             try:
                 self._take_up()
