@@ -101,6 +101,7 @@ def apply_lox(
         if base_model is not None:
             raise ConfigError("A LoRA adapter is the alignment itself and needs no base: leave base_model out.")
         harden_lora(model, config or LoxConfig(), allow_repeat=allow_repeat)
+        warn_of_steps(model)
         return model
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -116,7 +117,7 @@ def apply_lox(
         is_back = _take_back(undos)
         if isinstance(error, SAID_TO_ALL):
             commit(model, {plan.name for plan in pair.plans if plan.edit})
-        if not is_back:
+        if not is_back and isinstance(error, Exception):
             raise LoxError(f"{error} The weights could not be put back bit for bit: load the model again.") from error
         raise
     warn_of_steps(model)

@@ -30,6 +30,8 @@ WORDS = (ALL, ATTENTION, MLP, NO_EMBEDDINGS, ALL_LINEAR)
 IS_ATTENTION = r"(?i).*(attn|attention).*"
 IS_MLP = r"(?i)(?!.*(attn|attention)).*\.\d+\..*"
 PAPER_R, PAPER_ALPHA = LoxConfig.r, LoxConfig.alpha
+DIGITS = 6
+"""Digits of a size that are known: the directions are float32, found to a tolerance among as many as are asked for."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def strength(plans: Sequence[TensorPlan], subspace: SafetySubspace | None, norms
         norms: ||dW||_F of every matrix that no setting excludes.
 
     Returns:
-        The share, 0 or more.
+        The share, 0 or more, to `DIGITS` digits: a candidate reads the same whichever others are beside it.
 
     Example:
         >>> strength(trial.plans, subspace, norms)  # doctest: +SKIP
@@ -172,7 +174,8 @@ def strength(plans: Sequence[TensorPlan], subspace: SafetySubspace | None, norms
     for plan in plans:
         for name in matrix_names(plan.name, plan.shape) if plan.edit else ():
             energy += plan.alpha**2 * _energy(plan, subspace, name, norms[name])
-    return math.sqrt(energy / math.fsum(norm**2 for norm in norms.values()))
+    share = math.sqrt(energy / math.fsum(norm**2 for norm in norms.values()))
+    return float(f"{share:.{DIGITS}g}")
 
 
 def _norm(name: str, delta: Delta) -> float:

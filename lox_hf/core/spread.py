@@ -83,14 +83,14 @@ class Peers:
             raise
         except Exception as own:
             error = own
-        told = self.gather(_as_told(error))
-        if error is not None:
+        told = [other for other in self.gather(_as_told(error)) if other is not None]
+        foreign = [other for other in told if not isinstance(other, LoxError)]
+        if error is not None and not (foreign and isinstance(error, LoxError)):
             raise error
+        if foreign:  # also where this process has an error of ours: what follows one is alike everywhere
+            raise DistributedError(f"Another process failed, so all of them stop. {foreign[0]}") from error
         for other in told:
-            if isinstance(other, LoxError):
-                raise other
-            if other is not None:
-                raise DistributedError(f"Another process failed, so all of them stop. {other}")
+            raise other
 
 
 class Rows:

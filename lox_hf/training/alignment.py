@@ -75,9 +75,10 @@ class HardenAfter:
         _check_apart(pair)
         source = pair.aligned.source
         if isinstance(source, SpreadSource):
-            for plan in pair.plans:
-                if plan.edit:
-                    source.get(plan.name).check_in_place()
+            with source.peers.together():
+                for plan in pair.plans:
+                    if plan.edit:
+                        source.get(plan.name).check_in_place()
 
     def harden(self, model: nn.Module) -> HardeningReport:
         """Harden the trained model in place; if anything fails, it is left as it was.
