@@ -15,6 +15,9 @@ from lox_hf.progress import progress_bar
 
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
+FREE_EVERY_BYTES = 64 * 2**20
+"""Tensors between two returns of free memory."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -53,7 +56,7 @@ def map_tensors(
     """
     workers = max(1, min(num_workers or torch.get_num_threads(), len(items)))
     order = sorted(range(len(items)), key=lambda number: (group_of(items[number]), -size_of(items[number])))
-    stop = threading.Event()
+    stop, free = threading.Event(), _Freeing()
     with (
         progress_bar(sum(map(size_of, items)), progressbar, description, unit="B") as advance,
         _kernel_threads(1),
@@ -71,7 +74,7 @@ def map_tensors(
             announce(range(place + workers, place + workers + 1))
             number = order[place]
             result = work(items[number])
-            return_free_memory()
+            free.after(size_of(items[number]))
             advance(size_of(items[number]))
             return result
 
@@ -85,6 +88,20 @@ def map_tensors(
     for future in done:
         future.result()  # raises the first error, before those of items that were dropped for it
     return [futures[number].result() for number in range(len(items))]
+
+
+class _Freeing:
+    """Gives memory back now and then: after every small tensor it would cost more than the work (page faults)."""
+
+    def __init__(self) -> None:
+        self._worked = 0
+
+    def after(self, size_bytes: int) -> None:
+        """Count what was worked on; threads may miss each other's, which does no harm."""
+        self._worked += size_bytes
+        if self._worked >= FREE_EVERY_BYTES:
+            self._worked = 0
+            return_free_memory()
 
 
 def return_free_memory() -> None:
