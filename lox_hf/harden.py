@@ -17,6 +17,7 @@ from lox_hf.parallel.ranks import Ranks
 from lox_hf.provenance import STAMP, stamp
 from lox_hf.records import REPORT_NAME, HardeningPlan, HardeningReport
 from lox_hf.weight_files import (
+    NOT_ON_FILES,
     check_agreement,
     run_identity,
     source_of,
@@ -273,7 +274,7 @@ def shards_of(pair: Pair) -> list[ShardLike]:
 def files_of(pair: Pair) -> Resolved:
     """The aligned model's folder."""
     if pair.aligned.files is None:
-        raise CheckpointError("harden_checkpoint works on files; for a model in memory use apply_lox.")
+        raise CheckpointError(NOT_ON_FILES)
     return pair.aligned.files
 
 

@@ -31,6 +31,7 @@ from lox_hf.weights.selection import matrix_shape
 from lox_hf.weights.shard import ShardLike
 from lox_hf.weights.source import ShardedSource
 
+NOT_ON_FILES = "harden_checkpoint works on files; for a model in memory use apply_lox."
 SEEN_AFTER_S = 30.0
 """How long a process waits to see what another one has made."""
 Reports = dict[str, list[TensorReport]]
@@ -169,7 +170,7 @@ def source_of(pair: Pair) -> ShardedSource:
         CheckpointError: If it is a model in memory.
     """
     if not isinstance(pair.aligned.source, ShardedSource):
-        raise CheckpointError("harden_checkpoint works on files; for a model in memory use apply_lox.")
+        raise CheckpointError(NOT_ON_FILES)
     return pair.aligned.source
 
 

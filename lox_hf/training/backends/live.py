@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lox_hf.edit.tensor import matrices, matrix_names
 from lox_hf.lora import is_peft_model
 from lox_hf.training.backends.matrix import LiveMatrix, PlainMatrix
-from lox_hf.training.backends.zero import SteppedMatrix, is_stepped
+from lox_hf.training.backends.zero import SteppedMatrix
 from lox_hf.weights.live import live_tensors
 from lox_hf.weights.source import TensorInfo
 from lox_hf.weights.spread.model import (
@@ -21,6 +21,7 @@ from lox_hf.weights.spread.model import (
     spread_matrix,
     whole_shape,
 )
+from lox_hf.weights.spread.zero import is_stepped
 
 _STACKED = re.compile(r"\[\d+\]$")
 """End of the name of a matrix that is one of a stack, as `matrix_names` makes them."""

@@ -9,11 +9,6 @@ from lox_hf.core.combine import add_product
 from lox_hf.training.backends.matrix import PlainMatrix
 
 
-def is_stepped(tensor: Tensor) -> bool:
-    """Whether an optimiser of ZeRO 1 or 2 trains this."""
-    return hasattr(tensor, "_hp_mapping")
-
-
 class SteppedMatrix(PlainMatrix):
     """A matrix that is here as a whole, and that the next step of ZeRO 1 or 2 takes from the optimiser's copy.
 

@@ -18,7 +18,7 @@ from lox_hf.weights.live import as_checkpoint, check_readable, live_tensors
 from lox_hf.weights.source import DictSource, TensorInfo, WeightSource
 from lox_hf.weights.spread.dtensor import DTensorMatrix, is_dtensor, mesh_peers
 from lox_hf.weights.spread.matrix import SpreadMatrix
-from lox_hf.weights.spread.zero import ZeroMatrix, is_partitioned
+from lox_hf.weights.spread.zero import ZeroMatrix, is_partitioned, is_stepped
 
 Result = TypeVar("Result")
 
@@ -108,7 +108,7 @@ def warn_of_steps(model: nn.Module) -> None:
     Args:
         model: A model that was edited.
     """
-    if any(hasattr(weight, "_hp_mapping") for weight in model.parameters()):
+    if any(map(is_stepped, model.parameters())):
         warnings.warn(
             f"DeepSpeed's optimiser keeps a copy of the weights of {type(model).__name__}, and its next step undoes "
             "the edit. Save the model before it, or apply LoX before deepspeed.initialize.",

@@ -18,6 +18,11 @@ def is_partitioned(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_id")
 
 
+def is_stepped(tensor: Tensor) -> bool:
+    """Whether ZeRO stage 1 or 2 trains this, whose optimiser goes on from a float32 copy that it keeps."""
+    return hasattr(tensor, "_hp_mapping")
+
+
 class ZeroMatrix(SpreadMatrix):
     """A matrix under ZeRO-3, before and after the engine exists; what the optimiser keeps of it in float32 as well.
 
